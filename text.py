@@ -1,0 +1,296 @@
+"""Plain text in, plain text out: messages to the user, atomic files, TSV data, labels and word tokenizers.
+
+Nothing here needs torch, so that `--help`, bad input and raw-text inference answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+
+class InputError(Exception):
+    """Something that the user handed in cannot be used. The message is one sentence for the user.
+
+    A stage answers it with exit status 2, without a traceback and without having overwritten anything.
+    """
+
+
+def fail_cleanly(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+    """Decorate a stage's `main` so that an InputError ends the process with its sentence and exit status 2."""
+
+    def wrapped(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    wrapped.__doc__ = main.__doc__
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file that takes `path`'s place, whole and synced to disk, when the block ends well.
+
+    When the block raises, or the process dies in it, whatever stood at `path` stays as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        file = open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}))  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place.") from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut (a no-op where folders cannot be opened)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def keep_previous(path: Path) -> Path:
+    """Give the file at `path` a second name that no later file takes, `path.previous`, and return that name.
+
+    A hard link where the file system has them, so that `path` itself never goes missing in between.
+    """
+    number = 1
+    while True:
+        aside = path.with_name(f"{path.name}.previous" + (f".{number}" if number > 1 else ""))
+        try:
+            os.link(path, aside)
+            return aside
+        except FileExistsError:
+            number += 1
+        except OSError:
+            if aside.exists():
+                number += 1
+                continue
+            os.replace(path, aside)
+            return aside
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 checksum of a file's content, in hexadecimal."""
+    with open_input(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a file for reading bytes.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- TSV
+
+
+class Example(NamedTuple):
+    """One line of a TSV file."""
+
+    line: int  # counted from 1
+    sentence: str
+    label: str
+
+
+class Lines:
+    """The examples of a `sentence TAB label` file, read as a stream so that memory does not grow with the file.
+
+    Lines end at LF or CRLF and at nothing else (a U+2028 inside a sentence is text). A byte order mark is dropped.
+
+    Args:
+        path: the file.
+        skip_bad_lines: count bad lines in `skipped` in place of raising on the first.
+        labelled: False reads a whole line as one sentence, and a TAB in it as an error.
+        check_label: called on every label; it raises ValueError with the reason where it is unusable.
+
+    Raises:
+        InputError: with file, line, what is wrong and what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], skip_bad_lines: bool = False, labelled: bool = True,
+                 check_label: Callable[[str], object] | None = None) -> None:
+        self.path = path
+        self.skip_bad_lines = skip_bad_lines
+        self.labelled = labelled
+        self.check_label = check_label
+        self.skipped = 0
+        self.bytes_read = 0  # for progress bars
+
+    def __iter__(self) -> Iterator[Example]:
+        self.skipped = 0
+        self.bytes_read = 0
+        with contextlib.ExitStack() as stack:
+            if str(self.path) == "-":
+                file: IO[bytes] = sys.stdin.buffer
+            else:
+                file = stack.enter_context(open_input(self.path))
+            number = 0
+            for number, raw in enumerate(file, 1):
+                self.bytes_read += len(raw)
+                try:
+                    yield self._parse(number, raw)
+                except ValueError as error:
+                    if not self.skip_bad_lines:
+                        raise InputError(
+                            f"{self.path}:{number}: {error} Correct the line, or pass --skip_bad_lines."
+                        ) from None
+                    self.skipped += 1
+            if number == self.skipped:
+                what = "no usable line" if number else "the file is empty"
+                raise InputError(f"{self.path}: {what}; one example a line is expected, sentence TAB label."
+                                 if self.labelled else f"{self.path}: {what}; one sentence a line is expected.")
+
+    def _parse(self, number: int, raw: bytes) -> Example:
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"broken UTF-8 at byte {error.start + 1} of the line.") from None
+        line = line.removesuffix("\n").removesuffix("\r")
+        if "\0" in line:
+            raise ValueError("the line holds a NUL character.")
+        sentence, *rest = line.split("\t")
+        sentence = sentence.strip()
+        if len(rest) > self.labelled:
+            raise ValueError("more than one TAB; sentence TAB label is expected." if self.labelled
+                             else "a TAB; unlabelled input is one sentence a line.")
+        if self.labelled and not rest:
+            raise ValueError("no TAB; sentence TAB label is expected." if line.strip() else "the line is empty.")
+        if not sentence:
+            raise ValueError("the sentence is empty.")
+        label = rest[0].strip() if rest else ""
+        if self.labelled and not label:
+            raise ValueError("the label is empty.")
+        if self.check_label is not None:
+            self.check_label(label)
+        return Example(number, sentence, label)
+
+
+# ---------------------------------------------------------------------------------------------------------- labels
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label map: names in the order of their ids."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Labels:
+        """Read label.txt: one name a line, the line's place is the id."""
+        with open_input(path) as file:
+            try:
+                names = file.read().decode("utf-8").removesuffix("\n").split("\n")
+            except UnicodeDecodeError:
+                raise InputError(f"{path}: broken UTF-8; run preprocess.py again.") from None
+        names = [name.removesuffix("\r") for name in names]
+        if len(set(names)) != len(names) or not all(names):
+            raise InputError(f"{path}: an empty or repeated label; run preprocess.py again.")
+        return cls(tuple(names))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write label.txt."""
+        with atomic_write(path) as file:
+            file.writelines(f"{name}\n" for name in self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self) -> dict[str, int]:
+        """Name to id."""
+        return {name: number for number, name in enumerate(self.names)}
+
+
+def parse_logits(label: str, count: int | None = None) -> list[float] | None:
+    """A label as a teacher's logits, or None where it is not a row of two or more numbers.
+
+    Args:
+        label: numbers separated by blanks.
+        count: how many there must be.
+
+    Raises:
+        ValueError: it is a row of numbers, but of the wrong length or with one that is not finite.
+    """
+    parts = label.split()
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        return None
+    if len(numbers) < 2:
+        return None
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"{len(numbers)} logits where the label map has {count} labels.")
+    # Beyond single precision's range a finite number would be stored as infinity.
+    if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
+        raise ValueError("a logit that is not finite.")
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+def split_whitespace(sentence: str) -> list[str]:
+    """Words as the blanks of the text separate them."""
+    return sentence.split()
+
+
+_PUNCTUATION = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]", re.UNICODE)
+
+
+def split_punctuation(sentence: str) -> list[str]:
+    """Words and punctuation marks, each on its own: "Play jazz!" becomes Play, jazz, !."""
+    return _PUNCTUATION.findall(sentence)
+
+
+WORD_TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
+    "whitespace": split_whitespace,
+    "punctuation": split_punctuation,
+}
+
+
+def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable[[str], list[str]]:
+    """The function from a sentence to its words that preprocess.py and raw-text inference share.
+
+    Args:
+        name: a key of WORD_TOKENIZERS.
+        lowercase: fold the sentence to lower case first.
+    """
+    split = WORD_TOKENIZERS[name]
+    return (lambda sentence: split(sentence.lower())) if lowercase else split
