@@ -125,7 +125,7 @@ class Example(NamedTuple):
 
     line: int  # counted from 1
     sentence: str
-    label: str
+    label: Any  # what `parse_label` made of it
 
 
 class Lines:
@@ -137,18 +137,19 @@ class Lines:
         path: the file.
         skip_bad_lines: count bad lines in `skipped` in place of raising on the first.
         labelled: False reads a whole line as one sentence, and a TAB in it as an error.
-        check_label: called on every label; it raises ValueError with the reason where it is unusable.
+        parse_label: turns a label's text into what Example.label holds; raises ValueError with the reason where it
+            is unusable.
 
     Raises:
         InputError: with file, line, what is wrong and what to do.
     """
 
     def __init__(self, path: str | os.PathLike[str], skip_bad_lines: bool = False, labelled: bool = True,
-                 check_label: Callable[[str], object] | None = None) -> None:
+                 parse_label: Callable[[str], Any] = str) -> None:
         self.path = path
         self.skip_bad_lines = skip_bad_lines
         self.labelled = labelled
-        self.check_label = check_label
+        self.parse_label = parse_label
         self.skipped = 0
         self.bytes_read = 0  # for progress bars
 
@@ -198,9 +199,7 @@ class Lines:
         label = rest[0].strip() if rest else ""
         if self.labelled and not label:
             raise ValueError("the label is empty.")
-        if self.check_label is not None:
-            self.check_label(label)
-        return Example(number, sentence, label)
+        return Example(number, sentence, self.parse_label(label) if self.labelled else "")
 
 
 # ---------------------------------------------------------------------------------------------------------- labels
@@ -238,29 +237,54 @@ class Labels:
         return {name: number for number, name in enumerate(self.names)}
 
 
-def parse_logits(label: str, count: int | None = None) -> list[float] | None:
-    """A label as a teacher's logits, or None where it is not a row of two or more numbers.
+def looks_like_logits(label: str) -> bool:
+    """Whether a label is two or more numbers separated by blanks, as a teacher's logits are."""
+    try:
+        return len([float(part) for part in label.split()]) > 1
+    except ValueError:
+        return False
+
+
+class LabelParser:
+    """Turns a file's labels into targets: class ids, or a teacher's logits. The first label decides which.
 
     Args:
-        label: numbers separated by blanks.
-        count: how many there must be.
+        labels: the label map.
 
-    Raises:
-        ValueError: it is a row of numbers, but of the wrong length or with one that is not finite.
+    Attributes:
+        logits: True where the file holds logits, None before the first label.
     """
-    parts = label.split()
-    try:
-        numbers = [float(part) for part in parts]
-    except ValueError:
-        return None
-    if len(numbers) < 2:
-        return None
-    if count is not None and len(numbers) != count:
-        raise ValueError(f"{len(numbers)} logits where the label map has {count} labels.")
-    # Beyond single precision's range a finite number would be stored as infinity.
-    if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
-        raise ValueError("a logit that is not finite.")
-    return numbers
+
+    def __init__(self, labels: Labels) -> None:
+        self.ids = labels.index()
+        self.logits: bool | None = None
+
+    def __call__(self, label: str) -> int | list[float]:
+        """The target of one label.
+
+        Raises:
+            ValueError: an unknown label, logits of the wrong count or not finite, or a mixture of both kinds.
+        """
+        if self.logits is None:
+            self.logits = label not in self.ids and looks_like_logits(label)
+        if not self.logits:
+            if label not in self.ids:
+                raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
+            return self.ids[label]
+        try:
+            numbers = [float(part) for part in label.split()]
+        except ValueError:
+            raise ValueError(f"the label {_short(label)} is not a row of logits, as the file's first one is.") from None
+        if len(numbers) != len(self.ids):
+            raise ValueError(f"{len(numbers)} logits where label.txt names {len(self.ids)} labels.")
+        # Beyond single precision's range a finite number would be stored as infinity.
+        if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
+            raise ValueError("a logit that is not finite.")
+        return numbers
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers

@@ -1,0 +1,157 @@
+"""What a careful user wants to know of a data set: sizes, lengths, labels, coverage, repeats. Memory stays flat."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+
+@dataclass
+class SplitReport:
+    """Figures of one file.
+
+    Attributes:
+        lengths: number of sentences by number of tokens, before truncation.
+        labels: number of sentences by label id (empty for logits).
+    """
+
+    name: str
+    lengths: Counter[int] = field(default_factory=Counter)
+    labels: Counter[int] = field(default_factory=Counter)
+    truncated: int = 0
+    unknown_words: int = 0
+    skipped: int = 0
+
+    @property
+    def sentences(self) -> int:
+        """How many sentences there are."""
+        return sum(self.lengths.values())
+
+    @property
+    def words(self) -> int:
+        """How many running words there are."""
+        return sum(length * count for length, count in self.lengths.items())
+
+    def median_length(self) -> int:
+        """The (lower) median of the sentences' lengths."""
+        middle = (self.sentences + 1) // 2
+        for length in sorted(self.lengths):
+            middle -= self.lengths[length]
+            if middle <= 0:
+                return length
+        return 0
+
+    def lines(self, label_names: tuple[str, ...], n_ctx: int) -> list[str]:
+        """The report, a line each."""
+        said = [
+            f"[{self.name}] {self.sentences} sentences, {self.words} words; words a sentence: "
+            f"mean {self.words / self.sentences:.2f}, median {self.median_length()}, "
+            f"min {min(self.lengths)}, max {max(self.lengths)}",
+            f"[{self.name}] words without a row in the vocabulary: {self.unknown_words} "
+            f"({self.unknown_words / self.words:.2%})",
+        ]
+        if self.labels:
+            shares = ", ".join(f"{name} {self.labels[i]}" for i, name in enumerate(label_names[:30]))
+            more = f" and {len(label_names) - 30} more labels" if len(label_names) > 30 else ""
+            said.append(f"[{self.name}] labels: {shares}{more}")
+        if self.truncated:
+            said.append(f"[{self.name}] {self.truncated} sentences are longer than n_ctx={n_ctx} and were truncated")
+        if self.skipped:
+            said.append(f"[{self.name}] {self.skipped} bad lines were skipped")
+        return said
+
+
+_RECORD = np.dtype([("hash", "<u8"), ("line", "<u8"), ("label", "<i4"), ("split", "<i4")])
+_PARTITIONS = 64
+
+
+class Repeats:
+    """Finds sentences that stand in two splits, twice in one, or with two labels, in memory that stays flat.
+
+    Each sentence leaves a 64-bit hash on disk, in one of 64 files chosen by the hash; `report` sorts one file at a
+    time. (Two different sentences share a hash with a probability of about N^2 / 4e19.)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = contextlib.ExitStack()
+        self._files: list[IO[bytes]] = [
+            self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_PARTITIONS)
+        ]
+        self._pending: list[tuple[int, int, int, int]] = []
+        self.names: list[str] = []
+
+    def add_split(self, name: str) -> None:
+        """Begin with the next file."""
+        self.names.append(name)
+
+    def add(self, words: list[str], line: int, label: int) -> None:
+        """Take in a sentence of the current file; label -1 where there is none."""
+        digest = hashlib.blake2b("\0".join(words).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        self._pending.append((int.from_bytes(digest, "little"), line, label, len(self.names) - 1))
+        if len(self._pending) >= 1 << 16:
+            self._flush()
+
+    def _flush(self) -> None:
+        records = np.array(self._pending, dtype=_RECORD)
+        self._pending.clear()
+        partition = records["hash"] % _PARTITIONS
+        for number in np.unique(partition):
+            self._files[number].write(records[partition == number].tobytes())
+
+    def report(self) -> list[str]:
+        """The findings, a line each. Ends the object's use."""
+        self._flush()
+        shared: Counter[tuple[int, int]] = Counter()
+        conflicts: Counter[int] = Counter()
+        examples: dict[tuple[str, int, int], str] = {}
+        with self._stack:
+            for file in self._files:
+                file.seek(0)
+                records = np.frombuffer(file.read(), dtype=_RECORD)
+                self._count(records, shared, conflicts, examples)
+        said = []
+        for (first, second), count in sorted(shared.items()):
+            where = examples["shared", first, second]
+            if first == second:
+                said.append(f"[{self.names[first]}] {count} sentences repeat an earlier one (such as {where})")
+            else:
+                said.append(f"[{self.names[second]}] {count} sentences stand in {self.names[first]} too "
+                            f"(such as {where})")
+        for split, count in sorted(conflicts.items()):
+            said.append(f"[{self.names[split]}] {count} sentences stand with two labels "
+                        f"(such as {examples['labels', split, split]})")
+        return said
+
+    def _count(self, records: np.ndarray, shared: Counter[tuple[int, int]], conflicts: Counter[int],
+               examples: dict[tuple[str, int, int], str]) -> None:
+        records = records[np.lexsort((records["line"], records["split"], records["hash"]))]
+        starts = np.flatnonzero(np.r_[True, records["hash"][1:] != records["hash"][:-1]]) if len(records) else []
+        ends = np.r_[starts[1:], len(records)] if len(records) else []
+        for start, end in zip(starts, ends, strict=True):
+            if end - start < 2:
+                continue
+            group = records[start:end]
+            splits = group["split"]
+            for first in np.unique(splits):
+                mine = group[splits == first]
+                for second in range(first, len(self.names)):
+                    others = mine[1:] if first == second else group[splits == second]
+                    if len(others):
+                        shared[first, second] += len(others)
+                        examples.setdefault(("shared", first, second),
+                                            f"{self._place(others[0])}, {self._place(mine[0])}")
+                known = mine[mine["label"] >= 0]
+                if len(np.unique(known["label"])) > 1:
+                    conflicts[first] += 1
+                    other = known[known["label"] != known["label"][0]][0]
+                    examples.setdefault(("labels", first, first), f"{self._place(known[0])}, {self._place(other)}")
+
+    def _place(self, record: np.void) -> str:
+        return f"{self.names[record['split']]}:{record['line']}"

@@ -1,0 +1,185 @@
+"""Encoded data on disk, and length-bucketed batches of it.
+
+An encoded file (`train.txt.ids`) holds flat memory-mapped arrays: the token ids of all sentences one after another,
+the offsets at which each begins, and the labels (class ids, or a teacher's logits). Nothing is padded on disk; a
+batch is padded to its own longest sentence. The file's metadata records the facts that made it, so that a stale or
+foreign file is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from arrays import fingerprint, open_arrays
+from text import InputError, Labels, sha256
+
+IDS_FORMAT = "ids-1"
+
+
+@dataclass
+class Batch:
+    """Sentences that are computed together.
+
+    Attributes:
+        input_ids: [B, T] int64, 0 at pad positions.
+        attention_mask: [B, T] bool, True at real tokens.
+        targets: class ids [B] int64, or logits [B, C] float32, or None for unlabelled text.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=non_blocking)
+        return Batch(self.input_ids.to(device, non_blocking=non_blocking),
+                     self.attention_mask.to(device, non_blocking=non_blocking), targets)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None) -> Batch:
+    """A batch of token id rows, padded to the longest."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, dtype=np.int64)
+    ids[mask] = np.concatenate(rows)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(mask),
+                 None if targets is None else torch.from_numpy(targets))
+
+
+class EncodedData(Dataset):
+    """One encoded file, memory-mapped.
+
+    Attributes:
+        facts: what made it; see preprocess.py.
+        lengths: [N] tokens in each sentence.
+        targets: [N] int32 class ids or [N, C] float32 logits.
+
+    Raises:
+        InputError: no such file, a damaged one, or one whose source text has changed since.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.exists():
+            raise InputError(f"{path}: no such file; run preprocess.py with the same --config and --data_dir first.")
+        arrays, metadata = open_arrays(path)
+        if metadata.get("format") != IDS_FORMAT or not {"token_ids", "offsets"} < set(arrays):
+            raise InputError(f"{path}: not encoded by this version of preprocess.py; run it again.")
+        self.path = path
+        self.facts: dict[str, Any] = json.loads(metadata["facts"])
+        self.token_ids = arrays["token_ids"]
+        self.offsets = arrays["offsets"]
+        self.targets = arrays["logits"] if "logits" in arrays else arrays["labels"]
+        self.lengths = np.diff(self.offsets)
+        self.source = path.with_suffix("")
+        if self.source.exists() and sha256(self.source) != self.facts["source_sha256"]:
+            raise InputError(f"{path}: {self.source} has changed since it was encoded; run preprocess.py again.")
+
+    @property
+    def labels(self) -> Labels:
+        """The label map that the file was encoded with."""
+        return Labels(tuple(self.facts["labels"]))
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the targets are logits."""
+        return self.targets.ndim == 2
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def class_ids(self) -> np.ndarray:
+        """[N] the class of each example: its label, or the largest logit."""
+        return self.targets.argmax(1) if self.has_logits else np.asarray(self.targets)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """The batch of the examples at `indices` (torch's loader calls this in place of one call an example)."""
+        rows = [self.token_ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        targets = self.targets[np.asarray(indices)]
+        return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
+
+
+class BucketSampler(Sampler[list[int]]):
+    """Batches of sentences of like length, so that little of a batch is padding.
+
+    Each epoch shuffles all examples, sorts them by length within pools of `pool` batches, cuts the pools into
+    batches and shuffles these. The order is a function of (seed, epoch) alone, so that a resumed run finds its place.
+
+    Args:
+        lengths: [N] tokens in each sentence.
+        batch_size: sentences a batch.
+        shuffle: False sorts everything by length, longest first (so that memory runs out at once or never).
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0, shuffle: bool = True,
+                 pool: int = 100) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.pool = pool
+        self.epoch = 0
+        self.start = 0  # batches of the epoch to pass over
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def batches(self) -> list[np.ndarray]:
+        """The epoch's batches, each an array of example indices."""
+        if not self.shuffle:
+            order = np.argsort(-self.lengths, kind="stable")
+            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.lengths))
+        size = self.batch_size * self.pool
+        pools = [order[i : i + size] for i in range(0, len(order), size)]
+        order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches()[self.start :]:
+            yield batch.tolist()
+
+
+def make_loader(data: EncodedData, sampler: BucketSampler) -> DataLoader:
+    """A loader of the sampler's batches that leaves torch's global random state alone (a resumed run needs it so)."""
+    return DataLoader(data, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def load_table(path: str | Path, expected: str) -> Tensor:
+    """Map a table of word vectors into memory: [V, D] float32.
+
+    Args:
+        path: embedding.npy.
+        expected: its fingerprint as preprocess.py recorded it.
+
+    Raises:
+        InputError: no such table, or another one.
+    """
+    try:
+        table = np.load(path, mmap_mode="c", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run preprocess.py first.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a whole table of vectors ({error}); run preprocess.py again.") from None
+    if table.dtype != np.float32 or table.ndim != 2 or fingerprint(table) != expected:
+        raise InputError(f"{path}: not the vectors that the data were encoded with; run preprocess.py again.")
+    return torch.from_numpy(table)

@@ -1,0 +1,349 @@
+"""The models: an embedding, an encoder and a decoder make a classifier.
+
+From small to large: layers, embeddings, encoders, decoders, the classifier, and `build_model`, which makes one from
+a config. Shapes are written B (sentences), T (positions, the batch's longest sentence), D (embedding size),
+H (encoding size), C (labels). In every module `mask` [B, T] is True at real tokens; pad positions take part in no
+maximum, sum, softmax or convolution, so that a sentence's logits do not depend on the sentences beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean over real positions: x [B, T, D], mask [B, T] -> [B, D]."""
+    weights = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+
+class MaxOverTimeConv(nn.Module):
+    """Convolutions of several widths, each followed by ReLU and the maximum over positions (Kim 2014, 1408.5882).
+
+    Convolutions are wide: a kernel of width k is placed wherever it touches at least one token, zeros beyond the
+    sentence's ends. So every sentence has L + k - 1 windows, however short it is, and the first and last words are
+    seen by as many windows as the others.
+    """
+
+    def __init__(self, input_size: int, num_filters: int, kernel_sizes: list[int]) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(input_size, num_filters, size, padding=size - 1) for size in kernel_sizes
+        )
+        self.output_size = num_filters * len(kernel_sizes)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], zero where mask [B, T] is False -> [B, num_filters * widths]."""
+        x = x.transpose(1, 2)
+        pooled = []
+        for convolution in self.convolutions:
+            size = convolution.kernel_size[0]  # type: ignore[union-attr, index]
+            # The window that ends at position i exists while its first position, i - k + 1, lies in the sentence.
+            windows = F.pad(mask, (size - 1, 0), value=True).unsqueeze(1)
+            pooled.append(F.relu(convolution(x)).masked_fill(~windows, 0.0).amax(-1))
+        return torch.cat(pooled, dim=1)
+
+
+class DenseNet(nn.Module):
+    """Densely connected convolutions over positions (after arXiv 1808.07383).
+
+    `kernels` is depth by width: row i holds the kernel sizes of layer i in each column. In a column, the first layer
+    reads the embedding, each later layer the concatenation of the column's earlier outputs. The embedding and the
+    columns' last outputs are concatenated and mixed by a convolution of width 1.
+    """
+
+    def __init__(self, input_size: int, kernels: list[list[int]], first_filters: int, filters: int,
+                 last_filters: int) -> None:
+        super().__init__()
+        self.columns = nn.ModuleList()
+        for sizes in zip(*kernels, strict=True):
+            column = nn.ModuleList([nn.Conv1d(input_size, first_filters, sizes[0], padding=sizes[0] // 2)])
+            for depth, size in enumerate(sizes[1:]):
+                column.append(nn.Conv1d(first_filters + depth * filters, filters, size, padding=size // 2))
+            self.columns.append(column)
+        last = filters if len(kernels) > 1 else first_filters
+        self.mix = nn.Conv1d(input_size + last * len(self.columns), last_filters, 1)
+        self.output_size = last_filters
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], zero where mask [B, T] is False -> [B, T, last_filters], zero there too."""
+        pad = ~mask.unsqueeze(1)
+        x = x.transpose(1, 2)
+        outputs = [x]
+        for column in self.columns:
+            layer_input = x
+            for depth, convolution in enumerate(column):  # type: ignore[arg-type]
+                out = F.relu(convolution(layer_input).masked_fill(pad, 0.0))
+                layer_input = out if depth == 0 else torch.cat((layer_input, out), dim=1)
+            outputs.append(out)
+        mixed = F.relu(self.mix(torch.cat(outputs, dim=1)).masked_fill(pad, 0.0))
+        return mixed.transpose(1, 2)
+
+
+class DynamicSelfAttention(nn.Module):
+    """Attention whose query is computed from the sentence itself, `iterations` times (arXiv 1808.07383, section 3).
+
+    Each head projects the tokens, x = LeakyReLU(W t), and from q = 0 repeats:
+    a = softmax(q), s = sum_i a_i x_i, z = tanh(s), q_i = q_i + x_i . z. The last z of all heads are concatenated.
+    """
+
+    def __init__(self, input_size: int, num_heads: int, head_size: int, iterations: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(input_size, num_heads * head_size)
+        self.num_heads = num_heads
+        self.iterations = iterations
+        self.output_size = num_heads * head_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] -> [B, num_heads * head_size]."""
+        batch, length, _ = x.shape
+        tokens = F.leaky_relu(self.projection(x)).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        bias = torch.zeros(mask.shape, dtype=torch.float32, device=x.device).masked_fill(~mask, float("-inf"))
+        query = torch.zeros(batch, self.num_heads, length, device=x.device)
+        for _ in range(self.iterations):
+            weights = F.softmax(query + bias.unsqueeze(1), dim=-1).to(tokens.dtype)
+            summary = torch.tanh((weights.unsqueeze(2) @ tokens).squeeze(2))  # [B, heads, size]
+            query = query + (tokens @ summary.unsqueeze(-1)).squeeze(-1)
+        return summary.flatten(1)
+
+
+# ------------------------------------------------------------------------------------------------------ embeddings
+
+
+class WordEmbedding(nn.Module):
+    """A table of word vectors of which the first rows are trained and the others are frozen.
+
+    preprocess.py puts <pad>, <unk> and the training data's words first, so that gradients and optimizer state exist
+    for these alone, however large the table is. The frozen rows are not part of a checkpoint.
+
+    Args:
+        table: [V, D] float32; may be a read-only memory map.
+        num_trainable: how many rows are trained, at least 2 (<pad> and <unk>).
+    """
+
+    def __init__(self, table: Tensor, num_trainable: int, word_dropout: float = 0.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.trainable = nn.Parameter(table[:num_trainable].clone())
+        self.register_buffer("frozen", table[num_trainable:], persistent=False)
+        self.word_dropout = word_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.output_size = table.shape[1]
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids [B, T] -> [B, T, D], zero where mask [B, T] is False."""
+        if self.training and self.word_dropout:
+            dropped = torch.rand(input_ids.shape, device=input_ids.device) < self.word_dropout
+            input_ids = input_ids.masked_fill(dropped, 1)  # <unk> learns to stand for any word
+        count = self.trainable.shape[0]
+        x = F.embedding(input_ids.clamp(max=count - 1), self.trainable)
+        if self.frozen.shape[0]:
+            frozen = F.embedding((input_ids - count).clamp(min=0), self.frozen)
+            x = torch.where((input_ids < count).unsqueeze(-1), x, frozen)
+        return self.dropout(x).masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+# -------------------------------------------------------------------------------------------------------- encoders
+
+
+class MeanEncoder(nn.Module):
+    """The mean of the token vectors, for the Gaussian decoder."""
+
+    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+        super().__init__()
+        self.output_size = input_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] -> [B, D]."""
+        return masked_mean(x, mask)
+
+
+class CNNEncoder(nn.Module):
+    """Convolutions over positions, as Kim 2014 (arXiv 1408.5882) has them."""
+
+    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+        super().__init__()
+        self.cnn = MaxOverTimeConv(input_size, config["num_filters"], config["kernel_sizes"])
+        self.output_size = self.cnn.output_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] -> [B, H]."""
+        return self.cnn(x, mask)
+
+
+def _densenet(config: dict[str, Any], input_size: int) -> DenseNet:
+    return DenseNet(input_size, config["densenet_kernels"], config["densenet_first_num_filters"],
+                    config["densenet_num_filters"], config["densenet_last_num_filters"])
+
+
+class DenseNetCNNEncoder(nn.Module):
+    """Densely connected convolutions, then those of the CNN."""
+
+    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+        super().__init__()
+        self.densenet = _densenet(config, input_size)
+        self.cnn = MaxOverTimeConv(self.densenet.output_size, config["num_filters"], config["kernel_sizes"])
+        self.output_size = self.cnn.output_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] -> [B, H]."""
+        return self.cnn(self.densenet(x, mask), mask)
+
+
+class DenseNetDSAEncoder(nn.Module):
+    """Densely connected convolutions, then dynamic self-attention."""
+
+    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+        super().__init__()
+        self.densenet = _densenet(config, input_size)
+        self.attention = DynamicSelfAttention(self.densenet.output_size, config["dsa_num_attentions"],
+                                              config["dsa_dim"], config["dsa_r"])
+        self.output_size = self.attention.output_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] -> [B, H]."""
+        return self.attention(self.densenet(x, mask), mask)
+
+
+# -------------------------------------------------------------------------------------------------------- decoders
+
+
+class SoftmaxDecoder(nn.Module):
+    """Layer norm, dropout, a hidden layer where the config has fc_hidden_size, and the output layer of a softmax."""
+
+    def __init__(self, config: dict[str, Any], input_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(input_size)
+        self.dropout = nn.Dropout(config["dropout"])
+        hidden = config.get("fc_hidden_size")
+        self.hidden = nn.Sequential(
+            nn.Linear(input_size, hidden), nn.ReLU(), nn.LayerNorm(hidden), nn.Dropout(config["dropout"])
+        ) if hidden else nn.Identity()
+        self.output = nn.Linear(hidden or input_size, num_labels)
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """encoding [B, H] -> logits [B, C]."""
+        return self.output(self.hidden(self.dropout(self.norm(encoding))))
+
+
+class GaussianDecoder(nn.Module):
+    """Gaussian naive Bayes: logit_c = log prior_c + sum_f log N(x_f; mean_cf, variance_cf).
+
+    `fit` sets it in closed form; from there it trains like any other layer. A term common to all classes,
+    -H/2 log(2 pi), is left out: the softmax does not see it.
+    """
+
+    def __init__(self, config: dict[str, Any], input_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config["dropout"])
+        self.log_prior = nn.Parameter(torch.full((num_labels,), -math.log(num_labels)))
+        self.mean = nn.Parameter(torch.zeros(num_labels, input_size))
+        self.log_variance = nn.Parameter(torch.zeros(num_labels, input_size))
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """encoding [B, H] -> logits [B, C]."""
+        # A sum over hundreds of features of differences of squares: too much for bfloat16.
+        with torch.autocast(encoding.device.type, enabled=False):
+            x = self.dropout(encoding.float()).unsqueeze(1)
+            log_density = -0.5 * ((x - self.mean).square() * torch.exp(-self.log_variance) + self.log_variance)
+            return self.log_prior + log_density.sum(-1)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]], smoothing: float = 1e-3) -> None:
+        """Set priors, means and variances from data by their maximum likelihood estimates.
+
+        Args:
+            batches: encodings [B, H] and the probability of each class [B, C] (one-hot for hard labels).
+            smoothing: share of the largest feature variance that is added to all, for features that hardly vary.
+        """
+        count = self.log_prior.new_zeros(len(self.log_prior), dtype=torch.float64)
+        total = self.mean.new_zeros(self.mean.shape, dtype=torch.float64)
+        squares = torch.zeros_like(total)
+        for encoding, share in batches:
+            x, share = encoding.double(), share.double().t()
+            count += share.sum(1)
+            total += share @ x
+            squares += share @ x.square()
+        size = count.clamp(min=1e-12).unsqueeze(1)
+        mean = total / size
+        variance = (squares / size - mean.square()).clamp(min=0.0)
+        overall = squares.sum(0) / count.sum() - (total.sum(0) / count.sum()).square()
+        variance = variance + smoothing * overall.max().clamp(min=1e-9)
+        self.log_prior.copy_(((count + 1.0) / (count + 1.0).sum()).log())
+        self.mean.copy_(mean)
+        self.log_variance.copy_(variance.log())
+
+
+# ------------------------------------------------------------------------------------------------------ classifier
+
+# enc_class to (encoder, decoder).
+ENCODERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
+    "gnb": (MeanEncoder, GaussianDecoder),
+    "cnn": (CNNEncoder, SoftmaxDecoder),
+    "densenet-cnn": (DenseNetCNNEncoder, SoftmaxDecoder),
+    "densenet-dsa": (DenseNetDSAEncoder, SoftmaxDecoder),
+}
+
+
+class Classifier(nn.Module):
+    """Embedding, encoder and decoder in a row: token ids in, logits out."""
+
+    def __init__(self, embedding: nn.Module, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask [B, T] -> [B, H]."""
+        return self.encoder(self.embedding(input_ids, attention_mask), attention_mask)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids [B, T], attention_mask [B, T] bool -> logits [B, C]."""
+        return self.decoder(self.encode(input_ids, attention_mask))
+
+
+def build_model(config: dict[str, Any], num_labels: int, table: Tensor, num_trainable: int,
+                word_dropout: float = 0.0, embedding_dropout: float = 0.0) -> Classifier:
+    """Make the classifier that a checked config describes.
+
+    Args:
+        config: see arguments.py.
+        num_labels: C.
+        table: word vectors [V, D], see WordEmbedding.
+        num_trainable: rows of the table that are trained.
+        word_dropout: probability with which training replaces a word by <unk>.
+        embedding_dropout: dropout on the word vectors.
+    """
+    encoder_class, decoder_class = ENCODERS[config["enc_class"]]
+    embedding = WordEmbedding(table, num_trainable, word_dropout, embedding_dropout)
+    encoder = encoder_class(config, embedding.output_size)
+    decoder = decoder_class(config, encoder.output_size, num_labels)
+    return Classifier(embedding, encoder, decoder)
+
+
+def parameter_groups(model: Classifier, weight_decay: float, lr: float,
+                     embedding_lr: float | None = None) -> list[dict[str, Any]]:
+    """Groups for AdamW: no decay on biases, layer norms, word vectors and the Gaussian decoder's statistics.
+
+    Args:
+        embedding_lr: a rate of its own for the word vectors.
+    """
+    vectors = list(model.embedding.parameters())
+    others = [p for module in (model.encoder, model.decoder) for p in module.parameters() if p.requires_grad]
+    gaussian = {id(p) for m in model.modules() if isinstance(m, GaussianDecoder) for p in m.parameters()}
+    decayed = [p for p in others if p.ndim > 1 and id(p) not in gaussian]
+    plain = [p for p in others if p.ndim <= 1 or id(p) in gaussian]
+    groups = [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": plain, "lr": lr, "weight_decay": 0.0},
+        {"params": vectors, "lr": lr if embedding_lr is None else embedding_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

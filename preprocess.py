@@ -1,0 +1,321 @@
+"""Encode raw text for training: the first stage.
+
+Reads   DATA_DIR/train.txt, valid.txt, test.txt (sentence TAB label) and a file of word vectors.
+Writes  DATA_DIR/train.txt.ids, valid.txt.ids, test.txt.ids, vocab.txt, label.txt, embedding.npy.
+
+    python preprocess.py --config=configs/config-glove-cnn.json --data_dir=data/snips
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from arguments import Parser, add_config_flag, add_data_dir_flag, natural_int, positive_int
+from arrays import ArrayWriter, fingerprint
+from corpus import Repeats, SplitReport
+from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, looks_like_logits, sha256
+from text import word_tokenizer as make_word_tokenizer
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train.txt", "valid.txt", "test.txt")
+FLUSH_TOKENS = 1 << 20
+
+
+def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags and the config."""
+    parser = Parser(__doc__)
+    files = parser.add_argument_group("files")
+    add_config_flag(files, "configs/config-glove-cnn.json")
+    add_data_dir_flag(files)
+    files.add_argument("--embedding_path", default="embeddings/glove.6B.300d.txt",
+                       help="word vectors, a word and its numbers a line; none: learn them from the training data "
+                            "(default: %(default)s)")
+    files.add_argument("--augmented", action="store_true",
+                       help="encode --augmented_filename in place of train.txt; label.txt is read, not written")
+    files.add_argument("--augmented_filename", default="augmented.raw", help="(default: %(default)s)")
+    encoding = parser.add_argument_group("encoding")
+    encoding.add_argument("--n_ctx", type=positive_int, help="most words a sentence, over the config's")
+    encoding.add_argument("--max_vocab", type=natural_int, default=0,
+                          help="at most so many words: those of train.txt by frequency, then the vector file's by "
+                               "place (default: 0, all)")
+    encoding.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+    encoding.add_argument("--seed", type=int, default=42,
+                          help="for the vectors of words that the file lacks (default: %(default)s)")
+    args, config = parser.parse_with_config(argv)
+    assert config is not None  # --config has a default
+    if args.n_ctx:
+        config["n_ctx"] = args.n_ctx
+    return args, config
+
+
+# ------------------------------------------------------------------------------------------------ the training text
+
+
+def count_words(path: Path, tokenize: Callable[[str], list[str]], skip_bad_lines: bool,
+                known_labels: Labels | None) -> tuple[Counter[str], Labels]:
+    """Count the words of train.txt and collect its labels in order of first appearance.
+
+    Args:
+        known_labels: label.txt's, needed where train.txt holds a teacher's logits.
+    """
+    words: Counter[str] = Counter()
+    names: dict[str, int] = {}
+    logits: bool | None = None
+
+    def parse(label: str) -> str:
+        nonlocal logits
+        if logits is None:
+            logits = looks_like_logits(label)
+            if logits and known_labels is None:
+                raise InputError(f"{path}:1: the label {label!r} reads as a teacher's logits, and the label map that "
+                                 f"they follow is missing; put the class names into {path.parent / 'label.txt'}, "
+                                 "one a line.")
+        if not logits:
+            names.setdefault(label, len(names))
+        return label
+
+    for example in progress(path, Lines(path, skip_bad_lines, parse_label=parse)):
+        words.update(tokenize(example.sentence))
+    if logits:
+        assert known_labels is not None
+        return words, known_labels
+    if len(names) < 2:
+        raise InputError(f"{path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
+    return words, Labels(tuple(names))
+
+
+def progress(path: Path, lines: Lines) -> Any:
+    """The lines, with a bar that knows the file's size."""
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        for number, example in enumerate(lines):
+            if number % 4096 == 0:
+                bar.update(lines.bytes_read - bar.n)
+            yield example
+        bar.update(lines.bytes_read - bar.n)
+
+
+# -------------------------------------------------------------------------------------------------- the vocabulary
+
+
+def build_vocabulary(counts: Counter[str], file_words: list[str], lowercase: bool, max_vocab: int,
+                     specials: list[str]) -> tuple[list[str], np.ndarray, dict[str, int]]:
+    """Order the vocabulary so that the rows that training may change come first.
+
+    The order: <pad>, <unk>, words of train.txt that the vector file lacks, words of train.txt that it has (both by
+    frequency), the file's other words in its order.
+
+    Returns:
+        The words; for each its row in the file, or -1; and how many words come before each border:
+        {"own": those without a row in the file, "seen": those of train.txt}, specials counted in.
+    """
+    rows: dict[str, int] = {}
+    for row, word in enumerate(file_words):
+        rows.setdefault(word, row)
+    if lowercase:  # a cased file's "Paris" serves for "paris" where the file has no "paris"
+        for word, row in list(rows.items()):
+            folded = word.lower()
+            if folded != word:
+                del rows[word]
+                rows.setdefault(folded, row)
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    if max_vocab:
+        ranked = ranked[:max_vocab]
+    own = [word for word in ranked if word not in rows]
+    covered = [word for word in ranked if word in rows]
+    seen = set(covered)
+    others = [word for word in sorted(rows, key=rows.__getitem__) if word not in seen and word not in specials]
+    if max_vocab:
+        others = others[: max_vocab - len(ranked)]
+    words = specials + own + covered + others
+    file_rows = np.array([-1] * (len(specials) + len(own)) + [rows[word] for word in covered + others])
+    return words, file_rows, {"own": len(specials) + len(own), "seen": len(specials) + len(ranked)}
+
+
+def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim: int, seed: int) -> None:
+    """Write embedding.npy: [V, dim] float32, the file's rows and random ones for the words that it lacks.
+
+    Random rows are drawn with the mean size of the file's, <pad> is zero and <unk> the mean of the file's rows.
+    """
+    random = np.random.default_rng(seed)
+    scale, mean = 0.1, np.zeros(dim, dtype=np.float32)
+    if table is not None and len(table):
+        sample = np.asarray(table[: 1 << 15])
+        scale, mean = float(sample.std()), sample.mean(0)
+    with atomic_write(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f4", "fortran_order": False, "shape": (len(file_rows), dim)}
+        )
+        for start in range(0, len(file_rows), 1 << 14):
+            part = file_rows[start : start + (1 << 14)]
+            rows = random.normal(0.0, scale, (len(part), dim)).astype(np.float32)
+            if table is not None:
+                rows[part >= 0] = table[part[part >= 0]]
+            if start == 0:
+                rows[0], rows[1] = 0.0, mean
+            file.write(rows.tobytes())
+
+
+# ------------------------------------------------------------------------------------------------------- encoding
+
+
+def encode_split(path: Path, target: Path, tokenize: Callable[[str], list[str]], ids: dict[str, int],
+                 labels: Labels, n_ctx: int, facts: dict[str, Any], skip_bad_lines: bool,
+                 repeats: Repeats) -> SplitReport:
+    """Encode one file to flat arrays; see dataset.py."""
+    report = SplitReport(path.name)
+    repeats.add_split(path.name)
+    parser = LabelParser(labels)
+    lines = Lines(path, skip_bad_lines, parse_label=parser)
+    examples = progress(path, lines)
+    first = next(examples)
+    target_column: tuple[str, tuple[str, tuple[int, ...]]] = (
+        ("logits", ("f4", (len(labels),))) if parser.logits else ("labels", ("i4", ()))
+    )
+    name = target_column[0]
+    with ArrayWriter(target, dict([("token_ids", ("i4", ())), ("offsets", ("i8", ())), target_column])) as writer:
+        writer.append("offsets", np.zeros(1, dtype=np.int64))
+        end = 0
+        tokens, ends, targets = array("i"), array("q"), []
+
+        def flush() -> None:
+            writer.append("token_ids", np.array(tokens, dtype=np.int32))
+            writer.append("offsets", np.array(ends, dtype=np.int64))
+            writer.append(name, np.array(targets, dtype=target_column[1][0]).reshape(-1, *target_column[1][1]))
+            del tokens[:], ends[:]
+            targets.clear()
+
+        for example in _chain(first, examples):
+            words = tokenize(example.sentence)
+            report.lengths[len(words)] += 1
+            row = [ids.get(word, 1) for word in words]
+            report.unknown_words += row.count(1)
+            if len(row) > n_ctx:
+                report.truncated += 1
+                del row[n_ctx:]
+            tokens.extend(row)
+            end += len(row)
+            ends.append(end)
+            targets.append(example.label)
+            label = -1 if parser.logits else example.label
+            if label >= 0:
+                report.labels[label] += 1
+            repeats.add(words, example.line, label)
+            if len(tokens) >= FLUSH_TOKENS:
+                flush()
+        flush()
+        report.skipped = lines.skipped
+        writer.metadata["format"] = "ids-1"
+        writer.metadata["facts"] = json.dumps({**facts, "source_sha256": sha256(path), "skip_bad_lines": skip_bad_lines,
+                                               "sentences": report.sentences, "skipped": report.skipped})
+    return report
+
+
+def _chain(first: Any, rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+@fail_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage."""
+    args, config = get_params(argv)
+    logging.basicConfig(level=logging.INFO)
+    folder = Path(args.data_dir)
+    names = [args.augmented_filename if args.augmented else SPLITS[0], *SPLITS[1:]]
+    for name in dict.fromkeys([SPLITS[0], *names]):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; a data folder holds {', '.join(names)}.")
+    label_path = folder / "label.txt"
+    known_labels = Labels.read(label_path) if label_path.exists() else None
+    if args.augmented and known_labels is None:
+        raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
+    tokenizer = config.get("tokenizer", "whitespace")
+    tokenize = make_word_tokenizer(tokenizer, config["lowercase"])
+
+    counts, labels = count_words(folder / SPLITS[0], tokenize, args.skip_bad_lines, known_labels)
+    if args.augmented and labels != known_labels:
+        raise InputError(f"{label_path}: not the labels of {folder / SPLITS[0]}; run preprocess.py without "
+                         "--augmented first.")
+    vectors = load_vectors(args.embedding_path)
+    words, file_rows, borders = build_vocabulary(
+        counts, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
+        [config["pad_token"], config["unk_token"]])
+    dim = config["token_emb_dim"] if vectors is None else vectors.table.shape[1]
+    if dim != config["token_emb_dim"]:
+        logger.warning("[%s has %d dimensions, not the config's token_emb_dim=%d: the file decides]",
+                       args.embedding_path, dim, config["token_emb_dim"])
+    report_coverage(counts, set(words[2 : borders["own"]]))
+
+    # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
+        stage = Path(made)
+        vocabulary = "".join(f"{word}\n" for word in words)
+        with atomic_write(stage / "vocab.txt") as file:
+            file.write(vocabulary)
+        write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim, args.seed)
+        if not args.augmented:
+            labels.write(stage / "label.txt")
+        facts = {"n_ctx": config["n_ctx"], "tokenizer": tokenizer, "lowercase": config["lowercase"],
+                 "labels": labels.names, "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
+                 "table": fingerprint(np.load(stage / "embedding.npy", mmap_mode="r")), "own_rows": borders["own"],
+                 "seen_rows": borders["seen"], "embedding_path": args.embedding_path}
+        ids = {word: number for number, word in enumerate(words) if number > 1}
+        repeats = Repeats(stage)
+        reports = [
+            encode_split(folder / name, stage / f"{name}.ids", tokenize, ids, labels, config["n_ctx"], facts,
+                         args.skip_bad_lines, repeats)
+            for name in names
+        ]
+        for report in reports:
+            for line in report.lines(labels.names, config["n_ctx"]):
+                logger.info(line)
+        for line in repeats.report():
+            logger.info(line)
+        made_files = sorted(os.listdir(stage))
+        for name in made_files:
+            os.replace(stage / name, folder / name)
+    logger.info("[vocabulary] %d words of %d dimensions, %d of them with a trained vector of their own",
+                len(words), dim, borders["own"])
+    logger.info("[wrote to %s] %s", folder, ", ".join(made_files))
+
+
+def load_vectors(path: str) -> Any:
+    """The vector file, or None for --embedding_path none."""
+    if path == "none":
+        return None
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; fetch GloVe with python etc/download_embeddings.py, name another file "
+                         "with --embedding_path, or learn the vectors from the training data: --embedding_path none.")
+    from vectors import read_vectors
+
+    return read_vectors(path)
+
+
+def report_coverage(counts: Counter[str], lacking: set[str]) -> None:
+    """Say how much of the training text the vector file covers."""
+    running = sum(counts.values())
+    absent = sum(counts[word] for word in lacking)
+    logger.info("[coverage] %d distinct words, %d (%.1f %%) in the vector file; of %d running words %.1f %%",
+                len(counts), len(counts) - len(lacking), 100 * (1 - len(lacking) / len(counts)), running,
+                100 * (1 - absent / running))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Train a classifier on encoded data and keep the model that is best on the valid data: the second stage.
+
+Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.npy, as preprocess.py made them.
+Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.train.json (results), train.log and
+        TensorBoard curves under LOG_DIR.
+
+    python train.py --config=configs/config-glove-cnn.json --data_dir=data/snips --embedding_trainable
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from arguments import (
+    CRITERIA,
+    Parser,
+    add_config_flag,
+    add_data_dir_flag,
+    add_device_flag,
+    natural_int,
+    number,
+    positive_int,
+)
+from text import InputError, Labels, fail_cleanly
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EPOCHS = {"glove": 64}
+
+
+def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags and the config."""
+    parser = Parser(__doc__)
+    files = parser.add_argument_group("files")
+    add_config_flag(files, "configs/config-glove-cnn.json")
+    add_data_dir_flag(files)
+    files.add_argument("--embedding_filename", default="embedding.npy", help="in DATA_DIR (default: %(default)s)")
+    files.add_argument("--label_filename", default="label.txt", help="in DATA_DIR (default: %(default)s)")
+    files.add_argument("--augmented", action="store_true", help="train on augmented.txt in place of train.txt")
+    files.add_argument("--save_path", default="pytorch-model.pt", help="(default: %(default)s)")
+    files.add_argument("--restore_path", help="begin with this checkpoint's weights")
+    files.add_argument("--resume", action="store_true", help="go on with the run that SAVE_PATH.state holds")
+    files.add_argument("--log_dir", default="runs", help="TensorBoard files (default: %(default)s)")
+    files.add_argument("--log_path", default="train.log", help="the training log (default: %(default)s)")
+
+    course = parser.add_argument_group("course of the training")
+    course.add_argument("--batch_size", type=positive_int, default=128, help="(default: 128)")
+    course.add_argument("--eval_batch_size", type=positive_int, default=128, help="(default: 128)")
+    course.add_argument("--epoch", type=positive_int, help="at most so many (default: 64 for GloVe)")
+    course.add_argument("--max_train_steps", type=positive_int, help="at most so many optimizer steps")
+    course.add_argument("--eval_and_save_steps", type=positive_int, default=500,
+                        help="steps between evaluations, beside the one at each epoch's end (default: 500)")
+    course.add_argument("--patience", type=positive_int, default=7,
+                        help="epochs without a gain on valid after which training stops (default: 7)")
+    course.add_argument("--measure", choices=("loss", "accuracy"), default="loss",
+                        help="what the best model has the best of, on valid (default: loss)")
+    course.add_argument("--seed", type=natural_int, default=42, help="(default: 42)")
+
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--lr", type=number(), default=2e-4, help="(default: 2e-4)")
+    optimizer.add_argument("--embedding_lr", type=number(), help="of the word vectors (default: that of --lr)")
+    optimizer.add_argument("--num_warmup_steps", type=natural_int, help="steps of rising learning rate, or else")
+    optimizer.add_argument("--warmup_epoch", type=number(), default=0, help="epochs of it (default: 0), or else")
+    optimizer.add_argument("--warmup_ratio", type=number(0, 1), default=0.0, help="its share (default: 0.0)")
+    optimizer.add_argument("--adam_epsilon", type=number(), default=1e-8, help="(default: 1e-8)")
+    optimizer.add_argument("--weight_decay", type=number(), default=0.01, help="(default: 0.01)")
+    optimizer.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
+                           help="batches an optimizer step (default: 1)")
+    optimizer.add_argument("--max_grad_norm", type=number(), default=1.0, help="0: no clipping (default: 1.0)")
+
+    loss = parser.add_argument_group("loss and regularization")
+    loss.add_argument("--criterion", choices=CRITERIA, default="CrossEntropyLoss", help="(default: %(default)s)")
+    loss.add_argument("--class_weights", choices=("none", "balanced"), default="none",
+                      help="balanced: rare classes count as much as frequent ones (default: none)")
+    loss.add_argument("--embedding_trainable", action="store_true",
+                      help="train the vectors of all words of train.txt, not only of those the vector file lacks")
+    loss.add_argument("--word_dropout", type=number(0, 1, below=True), default=0.0,
+                      help="probability that training replaces a word by <unk> (default: 0.0)")
+    loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
+                      help="dropout on word vectors (default: 0.0)")
+    loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
+                      help="evaluate and save an exponential moving average of the weights (default: 0.0, none)")
+
+    machine = parser.add_argument_group("machine")
+    add_device_flag(machine)
+    machine.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
+                         help="auto: bf16 where the processor or GPU is fast at it (default: auto)")
+    machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
+
+    args, config = parser.parse_with_config(argv)
+    assert config is not None  # --config has a default
+    if args.fp16:
+        args.mixed_precision = "fp16"
+    if args.epoch is None:
+        args.epoch = DEFAULT_EPOCHS[config["emb_class"]]
+    return args, config
+
+
+def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, Any]:
+    """The encoded training and valid data, checked against each other, label.txt, the config and the criterion."""
+    from dataset import EncodedData
+
+    folder = Path(args.data_dir)
+    train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.ids")
+    valid = EncodedData(folder / "valid.txt.ids")
+    for fact in ("labels", "vocab_sha256", "table"):
+        if train.facts[fact] != valid.facts[fact]:
+            raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
+    if Labels.read(folder / args.label_filename) != train.labels:
+        raise InputError(f"{folder / args.label_filename}: not the labels that {train.path} was encoded with; "
+                         "run preprocess.py again.")
+    for key, default in (("lowercase", None), ("tokenizer", "whitespace")):
+        if config.get(key, default) != train.facts[key]:
+            raise InputError(f"{args.config}: {key} is {json.dumps(config.get(key, default))}, and {train.path} was "
+                             f"encoded with {json.dumps(train.facts[key])}; run preprocess.py with this config.")
+    if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
+        raise InputError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
+                         "class labels; use CrossEntropyLoss.")
+    return train, valid
+
+
+def fit_gaussian(model: Any, data: Any, args: argparse.Namespace) -> None:
+    """Set the Gaussian decoder in closed form, from which training goes on."""
+    import torch
+    import torch.nn.functional as F
+
+    from dataset import BucketSampler, make_loader
+
+    def encodings() -> Any:
+        for batch in make_loader(data, BucketSampler(data.lengths, 1024, shuffle=False)):
+            share = batch.targets.softmax(-1) if data.has_logits else F.one_hot(batch.targets, len(data.labels))
+            yield model.encode(batch.input_ids, batch.attention_mask), share
+
+    model.eval()
+    with torch.no_grad():
+        model.decoder.fit(encodings())
+
+
+def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, num_trainable: int,
+                precision: str) -> dict[str, Any]:
+    """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
+    from util import git_revision, new_run_id, versions
+
+    with open(Path(args.data_dir) / "vocab.txt", "rb") as file:
+        vocabulary = file.read()
+    if hashlib.sha256(vocabulary).hexdigest() != train.facts["vocab_sha256"]:
+        raise InputError(f"{args.data_dir}/vocab.txt: not the vocabulary that {train.path} was encoded with; "
+                         "run preprocess.py again.")
+    flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
+    flags["precision"] = precision
+    made_from = json.dumps([config, train.facts], sort_keys=True)
+    return {
+        "run_id": new_run_id(),
+        "identity": hashlib.sha256(made_from.encode()).hexdigest(),
+        "config": config,
+        "flags": flags,
+        "labels": list(train.labels.names),
+        "facts": train.facts,
+        "vocabulary": vocabulary.decode("utf-8"),
+        "num_trainable": num_trainable,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(["train.py", *sys.argv[1:]]),
+    }
+
+
+@fail_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage."""
+    args, config = get_params(argv)
+
+    from accelerate import Accelerator
+
+    from dataset import load_table
+    from model import build_model
+    from trainer import Trainer
+    from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging, write_json
+
+    setup_logging(args.log_path)
+    device = choose_device(args.device)
+    precision = choose_precision(args.mixed_precision, device)
+    train, valid = load_data(args, config)
+    table = load_table(Path(args.data_dir) / args.embedding_filename, train.facts["table"])
+    num_trainable = train.facts["seen_rows" if args.embedding_trainable else "own_rows"]
+    record = make_record(args, config, train, num_trainable, precision)
+
+    set_seed(args.seed)
+    model = build_model(config, len(train.labels), table, num_trainable, args.word_dropout, args.embedding_dropout)
+    if args.restore_path:
+        restore(model, load_checkpoint(args.restore_path), args.restore_path)
+    elif config["enc_class"] == "gnb":
+        fit_gaussian(model, train, args)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    trainer = Trainer(model, train, valid, args, record, accelerator)
+    if args.resume:
+        trainer.load_state()
+    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
+                accelerator.device, precision, len(train), trainer.total_steps)
+    best = trainer.fit()
+    logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"], best["valid_loss"],
+                best["valid_accuracy"], args.save_path)
+    results = {key: record[key] for key in ("run_id", "date", "git_revision", "command", "versions", "config", "flags")}
+    write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
+
+
+def restore(model: Any, checkpoint: dict[str, Any], path: str) -> None:
+    """Begin with another run's weights; they must fit one to one."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{path}: its weights do not fit this config and vocabulary ({reason}).") from None
+
+
+if __name__ == "__main__":
+    main()

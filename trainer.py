@@ -1,0 +1,383 @@
+"""The training loop: steps, evaluation, early stopping, checkpoints and resume.
+
+At every evaluation (each --eval_and_save_steps steps and at the end of each epoch) two files are written: the
+checkpoint, if this is the best model so far, and `SAVE_PATH.state`, from which --resume goes on. A run killed at any
+moment and resumed goes through the same steps as one left alone, bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import Batch, BucketSampler, EncodedData, make_loader
+from model import Classifier, parameter_groups
+from text import InputError
+from util import load_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------------- objectives
+
+
+def make_criterion(name: str, class_weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of each example: (logits [B, C], targets: class ids [B] or a teacher's logits [B, C]) -> [B].
+
+    CrossEntropyLoss and LabelSmoothingCrossEntropy (0.1) take a teacher's logits as its softmax; KLDivLoss is
+    KL(teacher || student); MSELoss compares logits.
+    """
+    smoothing = 0.1 if name == "LabelSmoothingCrossEntropy" else 0.0
+
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        soft = targets.is_floating_point()
+        if name == "MSELoss":
+            return F.mse_loss(logits, targets, reduction="none").mean(-1)
+        if name == "KLDivLoss":
+            return F.kl_div(logits.log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return F.cross_entropy(logits, targets.softmax(-1) if soft else targets, weight=class_weights,
+                               label_smoothing=smoothing, reduction="none")
+
+    return criterion
+
+
+def balanced_class_weights(class_ids: Any, num_labels: int) -> Tensor:
+    """Weights inversely proportional to the classes' frequencies, whose mean over the examples is 1."""
+    counts = torch.bincount(torch.as_tensor(class_ids, dtype=torch.int64), minlength=num_labels).double()
+    present = counts > 0
+    return torch.where(present, counts.sum() / (present.sum() * counts.clamp(min=1)), 0.0).float()
+
+
+def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
+    """The factor of the learning rate at `step`: linear from 0 to 1, then half a cosine down to 0 at `total`."""
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch.device) -> dict[str, float]:
+    """Mean cross entropy and accuracy over a data set, in fp32, model in evaluation mode and left so."""
+    model.eval()
+    criterion = make_criterion("CrossEntropyLoss")
+    loss, correct = torch.zeros((), dtype=torch.float64), 0
+    for batch in make_loader(data, BucketSampler(data.lengths, batch_size, shuffle=False)):
+        batch = batch.to(device)
+        logits = model(batch.input_ids, batch.attention_mask)
+        loss += criterion(logits, batch.targets).double().sum().cpu()
+        classes = batch.targets.argmax(-1) if data.has_logits else batch.targets
+        correct += int((logits.argmax(-1) == classes).sum())
+    return {"loss": loss.item() / len(data), "accuracy": correct / len(data)}
+
+
+class WeightAverage:
+    """An exponential moving average of a model's parameters, which is evaluated and saved in their place.
+
+    The decay warms up as (1 + t) / (10 + t), so that the first steps are forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
+        self.decay = decay
+        self.updates = 0
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step's parameters in."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average within the block, and its own parameters again after it."""
+        own = [p.data for p in self.parameters]
+        try:
+            for parameter, average in zip(self.parameters, self.average, strict=True):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, own, strict=True):
+                parameter.data = data
+
+    def state_dict(self) -> dict[str, Any]:
+        """For --resume."""
+        return {"updates": self.updates, "average": dict(zip(self.names, self.average, strict=True))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From --resume."""
+        self.updates = state["updates"]
+        for name, average in zip(self.names, self.average, strict=True):
+            average.copy_(state["average"][name])
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+
+class Trainer:
+    """Trains a classifier on encoded data and keeps the best checkpoint.
+
+    Args:
+        model: on the CPU.
+        train, valid: encoded data.
+        args: train.py's flags.
+        record: what a checkpoint says beside the weights (config, labels, identity, flags ...).
+        accelerator: device and precision.
+    """
+
+    def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
+                 record: dict[str, Any], accelerator: Accelerator) -> None:
+        self.args = args
+        self.record = record
+        self.accelerator = accelerator
+        self.train_data = train
+        self.valid_data = valid
+        self.sampler = BucketSampler(train.lengths, args.batch_size, seed=args.seed)
+        weights = None
+        if args.class_weights == "balanced":
+            weights = balanced_class_weights(train.class_ids(), len(train.labels)).to(accelerator.device)
+        self.criterion = make_criterion(args.criterion, weights)
+
+        batches = len(self.sampler)
+        self.steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
+        self.total_steps = self.steps_per_epoch * args.epoch
+        if args.max_train_steps:
+            self.total_steps = min(self.total_steps, args.max_train_steps)
+        warmup = self._warmup_steps()
+
+        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr),
+                                      lr=args.lr, eps=args.adam_epsilon, fused=accelerator.device.type in ("cpu", "cuda"))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # Without accelerate's wrapper around `forward`: reduced precision is for training steps alone.
+        self.plain_model: Classifier = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.average = WeightAverage(self.plain_model, args.ema_decay) if args.ema_decay else None
+
+        self.step = 0
+        self.epoch = 0
+        self.position = 0  # batches of the epoch that are done
+        self.loss_sum, self.loss_count = 0.0, 0  # since the last evaluation
+        self.best: dict[str, Any] = {}
+        self.epochs_without_gain = 0
+        self.gained = False  # within this epoch
+        self.history: list[dict[str, float]] = []
+        self.finished = False
+        self.writer: Any = None
+
+    def _warmup_steps(self) -> int:
+        args = self.args
+        if args.num_warmup_steps is not None:
+            return args.num_warmup_steps
+        if args.warmup_epoch:
+            return round(args.warmup_epoch * self.steps_per_epoch)
+        return round(args.warmup_ratio * self.total_steps)
+
+    # -------------------------------------------------------------------------------------------------- state files
+
+    @property
+    def state_path(self) -> Path:
+        """Where --resume finds the run."""
+        return Path(f"{self.args.save_path}.state")
+
+    def save_state(self) -> None:
+        """Write all that a resumed run needs to go on as if it had never stopped."""
+        state = {
+            **self.record,
+            "model": self.plain_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "average": self.average.state_dict() if self.average else None,
+            "random": self._random_state(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
+        }
+        if self.finished:
+            state = {**self.record, "progress": state["progress"]}
+        save_checkpoint(state, self.state_path)
+
+    def load_state(self) -> None:
+        """Go back to where the run in `state_path` stood.
+
+        Raises:
+            InputError: that run had other flags, another config or other data.
+        """
+        state = load_checkpoint(self.state_path)
+        differing = [f"--{name}={value}" for name, value in state["flags"].items()
+                     if name in _DECISIVE and self.record["flags"].get(name) != value]
+        if differing:
+            raise InputError(f"{self.state_path}: the run to resume had other flags ({' '.join(differing)}); "
+                             "give the same ones, or start anew without --resume.")
+        if state["identity"] != self.record["identity"]:
+            raise InputError(f"{self.state_path}: the run to resume had another config or other data; "
+                             "start anew without --resume.")
+        self.record["run_id"] = state["run_id"]
+        for name in _PROGRESS:
+            setattr(self, name, state["progress"][name])
+        if self.finished:
+            return
+        self.plain_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs,
+                                       self.scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(self.scheduler.last_epoch)
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.accelerator.device)
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        return state
+
+    # -------------------------------------------------------------------------------------------------------- steps
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end. Returns the metrics of the best model."""
+        if self.finished:
+            logger.info("[%s is finished; nothing is left to resume]", self.args.save_path)
+            return self.best
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(Path(self.args.log_dir) / self.record["run_id"]))
+        started = time.time()
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        try:
+            while not self.finished:
+                self.train_epoch(bar)
+        finally:
+            bar.close()
+            self.writer.close()
+        logger.info("[trained %d steps in %.1f s]", self.step, time.time() - started)
+        return self.best
+
+    def train_epoch(self, bar: tqdm) -> None:
+        """Train from the current position to the end of the epoch (or of the run)."""
+        self.sampler.epoch = self.epoch
+        self.sampler.start = self.position
+        self.model.train()
+        for group in self._groups():
+            self._train_step(group)
+            bar.update()
+            self.position += len(group)
+            last = self.position >= len(self.sampler)
+            stop = self.step >= self.total_steps
+            if last or stop:
+                break
+            if self.step % self.args.eval_and_save_steps == 0:
+                self.evaluate_and_save(bar)
+                self.model.train()
+        self.epoch += 1
+        self.position = 0
+        self.finished = self.step >= self.total_steps
+        self.evaluate_and_save(bar, end_of_epoch=True)
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """The epoch's batches in groups of one optimizer step; the last one may be smaller."""
+        group: list[Batch] = []
+        for batch in make_loader(self.train_data, self.sampler):
+            group.append(batch)
+            if len(group) == self.args.gradient_accumulation_steps:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _train_step(self, group: list[Batch]) -> None:
+        """One optimizer step; the gradient is that of the mean over all of the group's examples."""
+        examples = sum(len(batch) for batch in group)
+        for batch in group:
+            batch = batch.to(self.accelerator.device, non_blocking=True)
+            with self.accelerator.autocast():
+                logits = self.model(batch.input_ids, batch.attention_mask)
+            loss = self.criterion(logits.float(), batch.targets).sum()
+            self.accelerator.backward(loss / examples)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise InputError(f"the loss is {value} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
+                                 "The best checkpoint so far, if there is one, is untouched.")
+            self.loss_sum += value
+        self.loss_count += examples
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.average:
+            self.average.update()
+
+    # --------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
+        """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
+            if not math.isfinite(metrics["loss"]):
+                raise InputError(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
+            point = {"step": self.step, "epoch": self.epoch, "train_loss": self.loss_sum / max(1, self.loss_count),
+                     "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"],
+                     "lr": self.optimizer.param_groups[0]["lr"]}
+            self.loss_sum, self.loss_count = 0.0, 0
+            self.history.append(point)
+            better = self._is_better(metrics)
+            if better:
+                self.best = point
+                self.gained = True
+                save_checkpoint({**self.record, "metrics": point, "model": self.plain_model.state_dict()},
+                                self.args.save_path)
+        if end_of_epoch:
+            self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
+            self.gained = False
+            if self.epochs_without_gain >= self.args.patience and not self.finished:
+                logger.info("[no gain on valid for %d epochs: stopping]", self.epochs_without_gain)
+                self.finished = True
+        self._report(point, better, bar)
+        self.save_state()
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
+        if not self.best:
+            return True
+        if self.args.measure == "accuracy":  # ties are decided by the loss
+            return (metrics["accuracy"], -metrics["loss"]) > (self.best["valid_accuracy"], -self.best["valid_loss"])
+        return metrics["loss"] < self.best["valid_loss"]
+
+    def _report(self, point: dict[str, float], better: bool, bar: tqdm) -> None:
+        bar.set_postfix(valid=f"{point['valid_accuracy']:.4f}", refresh=False)
+        for name, value in point.items():
+            if name not in ("step", "epoch"):
+                self.writer.add_scalar(name.replace("_", "/"), value, int(point["step"]))
+        logger.info("[epoch %d step %d] train loss %.4f, valid loss %.4f, valid accuracy %.4f, lr %.2e%s",
+                    point["epoch"], point["step"], point["train_loss"], point["valid_loss"],
+                    point["valid_accuracy"], point["lr"], " *" if better else "")
+
+
+# Attributes that a state file carries, and flags that a resumed run must share.
+_PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epochs_without_gain", "gained", "history",
+             "finished")
+_DECISIVE = ("batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr", "num_warmup_steps",
+             "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
+             "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
+             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "precision", "restore_path")

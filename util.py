@@ -1,0 +1,151 @@
+"""What training and evaluation share below the model: checkpoints, seeds, devices, precision, logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from text import InputError, atomic_write, keep_previous
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 1
+ROOT = Path(__file__).resolve().parent
+
+
+def setup_logging(log_path: str | None = None) -> None:
+    """Log to standard error in logging's default layout, and also to `log_path`."""
+    logging.basicConfig(level=logging.INFO)
+    if log_path:
+        try:
+            handler = logging.FileHandler(log_path, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{log_path}: cannot be written ({error.strerror}).") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s:%(name)s:%(message)s"))
+        root = logging.getLogger()
+        for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+            root.removeHandler(old)
+            old.close()
+        root.addHandler(handler)
+
+
+def set_seed(seed: int) -> None:
+    """Seed every generator that training draws from."""
+    torch.manual_seed(seed)  # CUDA generators included
+
+
+# ------------------------------------------------------------------------------------------------------ the machine
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or cuda where there is one, else cpu.
+
+    Raises:
+        InputError: no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not usable on this machine ({reason}).") from None
+    return device
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware (AVX512-BF16 or AMX; Ampere or later)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_precision(mixed_precision: str, device: torch.device) -> str:
+    """Resolve --mixed_precision auto|no|bf16|fp16 to what accelerate takes: no, bf16 or fp16."""
+    if mixed_precision == "auto":
+        return "bf16" if bf16_is_fast(device) else "no"
+    if mixed_precision == "fp16" and device.type != "cuda":
+        raise InputError("--mixed_precision fp16 needs a CUDA device; use bf16 or auto.")
+    return mixed_precision
+
+
+def git_revision() -> str:
+    """The repository's commit, with "-dirty" where tracked files differ from it, or "unknown" outside a checkout."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=ROOT,
+                              check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "accelerate"):
+        found[package] = metadata.version(package)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def new_run_id() -> str:
+    """A name for a run that no other run has."""
+    return uuid.uuid4().hex[:12]
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint of plain data and tensors, whole or not at all.
+
+    A checkpoint at `path` that another config or other data made (its "identity" differs) is kept aside first.
+    """
+    path = Path(path)
+    if path.exists() and peek_identity(path) != checkpoint["identity"]:
+        logger.warning("[%s came from another config or other data and is kept as %s]", path, keep_previous(path))
+    with atomic_write(path, "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
+
+
+def peek_identity(path: str | os.PathLike[str]) -> str | None:
+    """The identity of the checkpoint at `path`, None where the file is not one of ours."""
+    try:
+        return load_checkpoint(path)["identity"]
+    except InputError:
+        return None
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running code from it.
+
+    Raises:
+        InputError: no such file, or not a whole checkpoint of this toolkit.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint; train.py writes one to its --save_path.")
+    try:
+        # Memory-mapped: an identity can be read without reading the weights.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen kinds for a damaged zip; all mean the same to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a whole checkpoint of this toolkit ({reason}).") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path}: not a checkpoint of this toolkit, or of another version of it; train again.")
+    return checkpoint
+
+
+def write_json(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a results file."""
+    with atomic_write(path) as file:
+        json.dump(record, file, indent=2, ensure_ascii=False)
+        file.write("\n")
