@@ -8,13 +8,18 @@ maximum, sum, softmax or convolution, so that a sentence's logits do not depend 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dataset import load_table
+from text import InputError
 
 # ---------------------------------------------------------------------------------------------------------- layers
 
@@ -347,3 +352,29 @@ def parameter_groups(model: Classifier, weight_decay: float, lr: float,
         {"params": vectors, "lr": lr if embedding_lr is None else embedding_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -> Classifier:
+    """Rebuild the classifier of a checkpoint, on the CPU.
+
+    Args:
+        checkpoint: as train.py wrote it.
+        folders: data folders in which the frozen word vectors are looked for, in this order.
+
+    Raises:
+        InputError: the frozen vectors are in none of them.
+    """
+    config, state, facts = checkpoint["config"], checkpoint["model"], checkpoint["facts"]
+    table = state["embedding.trainable"]
+    if len(table) < checkpoint["vocabulary"].count("\n"):
+        table = _find_table([Path(f) / checkpoint["flags"]["embedding_filename"] for f in folders if f], facts["table"])
+    model = build_model(config, len(checkpoint["labels"]), table, checkpoint["num_trainable"])
+    model.load_state_dict(state)
+    return model
+
+
+def _find_table(paths: list[Path], expected: str) -> Tensor:
+    for path in paths[:-1]:
+        with contextlib.suppress(InputError):
+            return load_table(path, expected)
+    return load_table(paths[-1], expected)

@@ -318,3 +318,23 @@ def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable
     """
     split = WORD_TOKENIZERS[name]
     return (lambda sentence: split(sentence.lower())) if lowercase else split
+
+
+class WordTokenizer:
+    """From a sentence to the ids of its words: what a checkpoint's model reads.
+
+    Args:
+        vocabulary: the words, a line each, <pad> and <unk> first.
+        facts: `tokenizer`, `lowercase` and `n_ctx`, as preprocess.py recorded them.
+    """
+
+    def __init__(self, vocabulary: str, facts: dict[str, Any]) -> None:
+        words = vocabulary.removesuffix("\n").split("\n")
+        # A "<pad>" that somebody types is a word like any other, never the special one.
+        self.ids = {word: number for number, word in enumerate(words) if number > 1}
+        self.split = word_tokenizer(facts["tokenizer"], facts["lowercase"])
+        self.n_ctx = facts["n_ctx"]
+
+    def __call__(self, sentence: str) -> list[int]:
+        """Word ids, at most n_ctx of them; 1 for an unknown word."""
+        return [self.ids.get(word, 1) for word in self.split(sentence)[: self.n_ctx]]

@@ -26,7 +26,7 @@ from text import InputError, open_input
 logger = logging.getLogger(__name__)
 
 CACHE_FORMAT = "word vectors 1"  # another number makes older caches stale
-BLOCK = 2 << 20  # bytes of text parsed at a time; larger blocks leave the processor's cache and gain nothing
+BLOCK = 1 << 20  # bytes of text parsed at a time; larger blocks leave the processor's cache and gain nothing
 BOM = b"\xef\xbb\xbf"
 NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 BLANKS = bytes.maketrans(b"\t\r\v\f", b"    ")
@@ -154,7 +154,7 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[int, int | None, int]:
     file.seek(start)
     # A word may hold blanks, so that only the numbers at the end of a line tell the dimension; a single line may be
     # broken, so that the most frequent one counts.
-    lengths = Counter()
+    lengths: Counter[int] = Counter()
     for line in lines[:100]:
         fields = line.split()[1:]
         lengths[next((n for n, field in enumerate(reversed(fields)) if not NUMBER.fullmatch(field)), len(fields))] += 1
@@ -191,56 +191,49 @@ def _parse_blocks(path: Path, file: IO[bytes], number: int,
 def _parse_block(path: Path, number: int, block: bytes, dimension: int) -> tuple[list[str | None], np.ndarray]:
     """Parse whole lines, of which the first is line `number` of the file.
 
-    Arrow's CSV reader parses those made of one blank between fields, _parse_line the others (a word with blanks, tabs
-    and blanks mixed) and, to be judged line by line, every line of a block that Arrow finds a fault in.
+    Lines made of one blank between fields are converted by Arrow, all their numbers at once. The others (a word with
+    blanks, tabs beside blanks) go to _parse_line, and so does a whole block in which Arrow finds a fault.
 
     Returns:
         n words (None for one that is not UTF-8), and their vectors [n, dimension].
     """
     import pyarrow as pa
-    import pyarrow.csv
 
     if any(blank in block for blank in (b"\r", b"\t", b"\v", b"\f")):
         block = block.replace(b"\r\n", b"\n").translate(BLANKS)
     if block[:block.find(b"\n")].endswith(b" "):  # fastText ends all its lines so
         block = block.replace(b" \n", b"\n")
-    columns = [str(column) for column in range(dimension + 1)]
-    uneven: list[object] = []
-    words: list[bytes] = []
-    vectors = np.empty((0, dimension), np.float32)
+    if not block.endswith(b"\n"):
+        block += b"\n"
+    characters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero((characters == ord(" ")) | (characters == ord("\n")))  # where a field ends
+    last = np.flatnonzero(characters[ends] == ord("\n"))
+    fields = np.diff(last, prepend=-1)
+    stops = ends[last]
+    starts = np.append(0, stops[:-1] + 1)
+    even = fields == dimension + 1
+    grid = ends[np.repeat(even, fields)].reshape(-1, dimension + 1)
+    words = [block[start:end] for start, end in zip(starts[even].tolist(), grid[:, 0].tolist(), strict=True)]
+    table = np.empty((len(even), dimension), np.float32)
+    # The block as it is becomes an array of strings, fields and what stands between them in turn. All that is no
+    # number is marked as missing, which Arrow passes over.
+    bounds = np.append(np.int32(0), np.stack([grid, grid + 1], axis=-1).astype(np.int32))
+    present = np.zeros((*grid.shape, 2), bool)
+    present[:, 1:, 0] = True
+    buffers = (pa.py_buffer(array) for array in (bounds, characters, np.packbits(present, bitorder="little")))
     try:
-        if not block.startswith(BOM):  # Arrow would drop it, yet here it is part of a word
-            parsed = pyarrow.csv.read_csv(
-                pa.BufferReader(block),
-                pyarrow.csv.ReadOptions(column_names=columns, block_size=len(block), use_threads=False),
-                pyarrow.csv.ParseOptions(
-                    delimiter=" ", quote_char=False, double_quote=False, ignore_empty_lines=False,
-                    invalid_row_handler=lambda row: uneven.append(row) or "skip",
-                ),
-                pyarrow.csv.ConvertOptions(
-                    column_types=dict.fromkeys(columns, pa.float32()) | {columns[0]: pa.binary()}, null_values=[],
-                ),
-            ).combine_chunks()
-            batch, = parsed.to_batches()
-            words = batch.column(0).to_pylist()
-            vectors = batch.select(columns[1:]).to_tensor(row_major=True).to_numpy()
-    except (pa.ArrowInvalid, ValueError):
-        pass
-    if uneven or not words or not all(words) or not np.isfinite(vectors).all():
-        lines = block.removesuffix(b"\n").split(b"\n")
-        odd = [row for row, line in enumerate(lines) if line.count(b" ") != dimension]
-        if len(words) + len(odd) != len(lines) or not all(words) or not np.isfinite(vectors).all():
-            words, vectors, odd = [], vectors[:0], list(range(len(lines)))
-        rest = [_parse_line(path, number + row, lines[row], dimension) for row in odd]
-        even = np.ones(len(lines), bool)
-        even[odd] = False
-        table = np.empty((len(lines), dimension), np.float32)
-        table[even] = vectors
-        for row, (word, vector) in zip(odd, rest, strict=True):
-            words.insert(row, word)
-            table[row] = vector
-        vectors = table
-    return [_decode(word) for word in words], vectors
+        numbers = pa.StringArray.from_buffers(present.size, *buffers).cast(pa.float32())
+        table[even] = np.frombuffer(numbers.buffers()[1], np.float32, present.size).reshape(present.shape)[:, 1:, 0]
+        sound = all(words) and np.isfinite(table[even]).all()
+    except pa.ArrowInvalid:
+        sound = False
+    if not sound:
+        even[:] = False
+        words = []
+    for row in np.flatnonzero(~even).tolist():
+        word, table[row] = _parse_line(path, number + row, block[starts[row]:stops[row]], dimension)
+        words.insert(row, word)
+    return [_decode(word) for word in words], table
 
 
 def _parse_line(path: Path, number: int, line: bytes, dimension: int) -> tuple[bytes, np.ndarray]:

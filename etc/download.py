@@ -1,13 +1,14 @@
 """Fetch a file over HTTP: resumed where it stopped, checked, and under its final name only when it is whole.
 
 Shared by the download_*.py scripts beside it; no command of its own. Proxies come from http_proxy, https_proxy and
-no_proxy.
+no_proxy. Runs on Linux and macOS (file locks).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import http.client
 import json
 import os
@@ -121,22 +122,30 @@ def locked(part: Path) -> Iterator[IO[bytes]]:
     Without the lock a second download could go on writing into the file after the first has given it its final name.
     """
     with open(part, "ab") as file:
-        with contextlib.suppress(ImportError):  # Windows lacks fcntl, but also refuses to rename a file in use
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                taken = not os.path.samestat(os.fstat(file.fileno()), os.stat(part))
-            except (BlockingIOError, FileNotFoundError):
-                taken = True
-            if taken:
-                raise InputError(f"{part}: another process downloads to it; wait until it has ended.")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = False
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        # Between open and flock another process may have given the file its final name.
+        if taken or not still_at(part, file):
+            raise InputError(f"{part}: another process downloads to it; wait until it has ended.")
         try:
             yield file
         finally:
             file.flush()
-            if part.exists() and not part.stat().st_size:
+            if still_at(part, file) and not part.stat().st_size:
                 part.unlink()
+
+
+def still_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file still has the name `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def note_of(part: Path) -> Path:
@@ -179,6 +188,7 @@ def attempt_transfer(url: str, file: IO[bytes], path: Path, by_hand: str) -> Non
     part = path.with_name(f"{path.name}.part")
     start = os.fstat(file.fileno()).st_size
     version = known_version(url, part) if start else None
+    # Some hosts turn away urllib's own name.
     headers = {"User-Agent": "Mozilla/5.0 (etc/download.py)", "Accept-Encoding": "identity"}
     if version:
         headers |= {"Range": f"bytes={start}-", "If-Range": version}

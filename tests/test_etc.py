@@ -318,9 +318,10 @@ def test_full_disk(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_two_downloads_of_one_file(remote: Remote, tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    with download.locked(tmp_path / "file.bin.part"), pytest.raises(InputError, match="another process"):
-        fetch(remote, tmp_path / "file.bin")
+    with download.locked(tmp_path / "file.bin.part") as file:
+        with pytest.raises(InputError, match="another process"):
+            fetch(remote, tmp_path / "file.bin")
+        assert download.still_at(tmp_path / "file.bin.part", file)
     assert fetch(remote, tmp_path / "file.bin")
 
 

@@ -1,0 +1,310 @@
+"""Measure a trained classifier, or classify new text with it: the third stage.
+
+Reads   MODEL_PATH and DATA_DIR/test.txt with its encoding test.txt.ids; or raw text.
+Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB prediction,
+        MODEL_PATH.test.json (results) and MODEL_PATH.confusion.png.
+
+    python evaluate.py --config=configs/config-glove-cnn.json --data_dir=data/snips
+    echo "play some jazz" | python evaluate.py --input_path=-
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from arguments import (
+    TRAINING_KEYS,
+    Parser,
+    add_config_flag,
+    add_data_dir_flag,
+    add_device_flag,
+    natural_int,
+    positive_int,
+)
+from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly
+
+logger = logging.getLogger(__name__)
+
+
+def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The flags, and the config where one is given."""
+    parser = Parser(__doc__)
+    files = parser.add_argument_group("files")
+    add_config_flag(files, None)
+    add_data_dir_flag(files, None)
+    files.add_argument("--model_path", default="pytorch-model.pt", help="the checkpoint (default: %(default)s)")
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--enable_inference", action="store_true",
+                      help="from raw text, one sentence at a time, with tokenization in the measured time")
+    what.add_argument("--input_path", help="classify the lines of this file, - for standard input; answers one JSON "
+                                           "object a line on standard output")
+    what.add_argument("--num_examples", type=natural_int, default=0, help="only the first so many (default: 0, all)")
+    what.add_argument("--batch_size", type=positive_int, default=1, help="(default: 1)")
+    what.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+    machine = parser.add_argument_group("machine")
+    add_device_flag(machine)
+    machine.add_argument("--num_threads", type=natural_int, default=0, help="(default: 0, the library's choice)")
+    return parser.parse_with_config(argv)
+
+
+# ------------------------------------------------------------------------------------------------------- prediction
+
+
+@dataclass
+class Predictor:
+    """A loaded model with what it needs to read text."""
+
+    model: Any
+    tokenizer: Any
+    labels: Labels
+    device: Any
+
+    def probabilities(self, batch: Any) -> np.ndarray:
+        """Class probabilities [B, C] of a batch."""
+        import torch
+
+        with torch.inference_mode():
+            batch = batch.to(self.device)
+            return self.model(batch.input_ids, batch.attention_mask).softmax(-1).cpu().numpy()
+
+
+def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, dict[str, Any]]:
+    """The model of MODEL_PATH, checked against the config where one is given, and its checkpoint."""
+    import torch
+
+    from model import load_classifier
+    from text import WordTokenizer
+    from util import choose_device, load_checkpoint
+
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    checkpoint = load_checkpoint(args.model_path)
+    if config is not None:
+        check_same_model(config, checkpoint["config"], args)
+    device = choose_device(args.device)
+    model = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
+    tokenizer = WordTokenizer(checkpoint["vocabulary"], checkpoint["facts"])
+    return Predictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
+
+
+def check_same_model(config: dict[str, Any], trained: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse a config that describes another model than the checkpoint's (its training settings do not matter)."""
+    keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
+    differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
+                 for key in keys if config.get(key) != trained.get(key)]
+    if differing:
+        raise InputError(f"{args.config}: not the config of {args.model_path}: {'; '.join(differing)}. "
+                         "Give the one that it was trained with, or none.")
+
+
+def evaluate_encoded(predictor: Predictor, data: Any, batch_size: int, count: int) -> tuple[np.ndarray, list[float]]:
+    """Classify the first `count` encoded examples.
+
+    Returns:
+        Probabilities [N, C] in the file's order, and the seconds of each batch divided by its sentences.
+    """
+    order = np.arange(count)
+    if batch_size > 1:  # like lengths together; the answers go back to their places
+        order = np.argsort(-data.lengths[:count], kind="stable")
+    probabilities = np.zeros((count, len(predictor.labels)), dtype=np.float32)
+    seconds: list[float] = []
+    for start in tqdm(range(0, count, batch_size), unit="batch", disable=None):
+        places = order[start : start + batch_size]
+        begin = time.perf_counter()
+        probabilities[places] = predictor.probabilities(data.__getitems__(places))
+        seconds += [(time.perf_counter() - begin) / len(places)] * len(places)
+    return probabilities, seconds
+
+
+def evaluate_raw(predictor: Predictor, sentences: list[str]) -> tuple[np.ndarray, list[float]]:
+    """Classify sentences one at a time. Returns as evaluate_encoded."""
+    from dataset import pad
+
+    rows, seconds = [], []
+    for sentence in tqdm(sentences, unit="sentence", disable=None):
+        begin = time.perf_counter()
+        rows.append(predictor.probabilities(pad([predictor.tokenizer(sentence)]))[0])
+        seconds.append(time.perf_counter() - begin)
+    return np.stack(rows), seconds
+
+
+def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
+    """Answer each line of --input_path with a JSON object, in batches."""
+    from dataset import pad
+
+    lines = Lines(args.input_path, args.skip_bad_lines, labelled=False)
+    for sentences in _batches(lines, args.batch_size, args.num_examples):
+        probabilities = predictor.probabilities(pad([predictor.tokenizer(sentence) for sentence in sentences]))
+        for sentence, row in zip(sentences, probabilities, strict=True):
+            named = {name: round(float(p), 6) for name, p in zip(predictor.labels.names, row, strict=True)}
+            best = predictor.labels.names[int(row.argmax())]
+            print(json.dumps({"sentence": sentence, "label": best, "probability": named[best],
+                              "probabilities": named}, ensure_ascii=False), flush=True)
+    if lines.skipped:
+        logger.warning("[%s] %d bad lines were skipped", args.input_path, lines.skipped)
+
+
+def _batches(lines: Lines, size: int, limit: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for number, example in enumerate(lines, 1):
+        batch.append(example.sentence)
+        if len(batch) == size or number == limit:
+            yield batch
+            batch = []
+        if number == limit:
+            return
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def read_examples(path: Path, labels: Labels, skip_bad_lines: bool, limit: int) -> tuple[list[str], list[str], Any]:
+    """Sentences, labels as written, and class ids of a TSV file."""
+    parser = LabelParser(labels)
+    sentences, written, targets = [], [], []
+
+    def parse(label: str) -> Any:
+        target = parser(label)
+        return label, int(np.argmax(target)) if parser.logits else target
+
+    for example in Lines(path, skip_bad_lines, parse_label=parse):
+        sentences.append(example.sentence)
+        written.append(example.label[0])
+        targets.append(example.label[1])
+        if len(sentences) == limit:
+            break
+    return sentences, written, np.array(targets)
+
+
+def write_predictions(path: Path, sentences: list[str], written: list[str], predicted: list[str]) -> None:
+    """Write sentence TAB label TAB prediction."""
+    with atomic_write(path) as file:
+        for row in zip(sentences, written, predicted, strict=True):
+            file.write("\t".join(row) + "\n")
+
+
+def report(targets: np.ndarray, predictions: np.ndarray, labels: Labels, picture: str) -> dict[str, Any]:
+    """Print the per-class report and the confusion matrix, draw it, and return the figures."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    ids = list(range(len(labels)))
+    matrix = confusion_matrix(targets, predictions, labels=ids)
+    common = {"labels": ids, "target_names": labels.names, "zero_division": 0.0}
+    print(classification_report(targets, predictions, digits=4, **common))
+    print("confusion matrix (rows: the label, columns: the prediction)")
+    width = max(5, len(str(matrix.max())) + 1)
+    for name, row in zip(labels.names, matrix, strict=True):
+        print("".join(f"{cell:>{width}}" for cell in row), name)
+    draw_confusion(matrix, labels, picture)
+    figures = classification_report(targets, predictions, output_dict=True, **common)
+    return {"macro_f1": figures["macro avg"]["f1-score"], "confusion_matrix": matrix.tolist(),
+            "per_class": {name: figures[name] for name in labels.names}}
+
+
+def draw_confusion(matrix: np.ndarray, labels: Labels, path: str) -> None:
+    """Draw the confusion matrix, shaded by the share of each label's sentences."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(24.0, 3.0 + 0.6 * len(labels))
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels.names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(labels)), labels.names)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+    axes.set_title(f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.4f}")
+    if len(labels) <= 40:
+        for row, column in np.ndindex(*matrix.shape):
+            if matrix[row, column]:
+                axes.text(column, row, matrix[row, column], ha="center", va="center",
+                          color="white" if share[row, column] > 0.5 else "black")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's sentences")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def time_figures(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds a sentence without the first, which warms up."""
+    rest = 1000 * np.array(seconds[1:] or seconds)
+    return {"total_ms": 1000 * float(np.sum(seconds)), "mean_ms": float(rest.mean()), "median_ms": float(np.median(rest)),
+            "p95_ms": float(np.percentile(rest, 95))}
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+@fail_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Run the stage."""
+    args, config = get_params(argv)
+
+    from dataset import EncodedData
+    from util import git_revision, setup_logging, versions, write_json
+
+    setup_logging()
+    predictor, checkpoint = load(args, config)
+    if args.input_path:
+        classify_lines(predictor, args)
+        return
+
+    folder = Path(args.data_dir or checkpoint["flags"]["data_dir"])
+    source = folder / "test.txt"
+    if args.enable_inference:
+        sentences, written, targets = read_examples(source, predictor.labels, args.skip_bad_lines, args.num_examples)
+        probabilities, seconds = evaluate_raw(predictor, sentences)
+    else:
+        data = EncodedData(folder / "test.txt.ids")
+        check_same_data(data, checkpoint, args)
+        sentences, written, targets = read_examples(source, predictor.labels, data.facts["skip_bad_lines"],
+                                                    args.num_examples)
+        probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
+    predictions = probabilities.argmax(1)
+    correct = int((predictions == targets).sum())
+    timing = time_figures(seconds)
+
+    figures = report(targets, predictions, predictor.labels, f"{args.model_path}.confusion.png")
+    target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
+    write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
+    write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
+                "timing": timing, "flags": vars(args), "run_id": checkpoint["run_id"], "config": checkpoint["config"],
+                "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{args.model_path}.test.json")
+    logger.info("[macro F1] : %.4f", figures["macro_f1"])
+    logger.info("[Accuracy] : {:.4f}, {:5d}/{:5d}".format(correct / len(targets), correct, len(targets)))
+    if args.enable_inference:
+        logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms on average",
+                    timing["total_ms"], timing["mean_ms"])
+    else:
+        logger.info("[Elapsed Time] : %sms, %sms on average", timing["total_ms"], timing["mean_ms"])
+
+
+def check_same_data(data: Any, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse data that were encoded for another model."""
+    if data.facts["labels"] != checkpoint["labels"]:
+        raise InputError(f"{data.path}: its labels ({', '.join(data.facts['labels'])}) are not those of "
+                         f"{args.model_path} ({', '.join(checkpoint['labels'])}).")
+    if data.facts["vocab_sha256"] != checkpoint["facts"]["vocab_sha256"]:
+        raise InputError(f"{data.path}: encoded with another vocabulary than that of {args.model_path}; run "
+                         "preprocess.py as it was run for that model, or evaluate raw text with --enable_inference.")
+
+
+if __name__ == "__main__":
+    main()
