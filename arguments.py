@@ -80,6 +80,8 @@ ENCODER_KEYS: dict[str, dict[str, Key]] = {
                      "fc_hidden_size": _POSITIVE},
 }
 
+CRITERIA = ("CrossEntropyLoss", "LabelSmoothingCrossEntropy", "MSELoss", "KLDivLoss")
+
 # Settings of train.py that a config may carry: the recipe that goes with the model.
 _RATE = _number(0, 1, required=False)
 TRAINING_KEYS: dict[str, Key] = {
@@ -93,11 +95,10 @@ TRAINING_KEYS: dict[str, Key] = {
     "word_dropout": _number(0, 0.99, required=False),
     "embedding_dropout": _number(0, 0.99, required=False),
     "ema_decay": _number(0, 0.99999, required=False),
-    "criterion": Key(lambda v: v in CRITERIA, " or ".join(("CrossEntropyLoss", "LabelSmoothingCrossEntropy")), False),
+    "criterion": Key(lambda v: v in CRITERIA, " or ".join(CRITERIA), required=False),
     "measure": Key(lambda v: v in ("loss", "accuracy"), "loss or accuracy", required=False),
     "embedding_trainable": Key(lambda v: isinstance(v, bool), "true or false", required=False),
 }
-CRITERIA = ("CrossEntropyLoss", "LabelSmoothingCrossEntropy", "MSELoss", "KLDivLoss")
 
 
 def load_config(path: str) -> dict[str, Any]:

@@ -132,12 +132,12 @@ class Repeats:
     def _count(self, records: np.ndarray, shared: Counter[tuple[int, int]], conflicts: Counter[int],
                examples: dict[tuple[str, int, int], str]) -> None:
         records = records[np.lexsort((records["line"], records["split"], records["hash"]))]
-        starts = np.flatnonzero(np.r_[True, records["hash"][1:] != records["hash"][:-1]]) if len(records) else []
-        ends = np.r_[starts[1:], len(records)] if len(records) else []
-        for start, end in zip(starts, ends, strict=True):
-            if end - start < 2:
-                continue
-            group = records[start:end]
+        borders = np.flatnonzero(np.diff(records["hash"])) + 1
+        # Most sentences stand alone: only the groups of two or more are looked at one by one.
+        starts = np.r_[0, borders]
+        ends = np.r_[borders, len(records)]
+        for number in np.flatnonzero(ends - starts > 1):
+            group = records[starts[number] : ends[number]]
             splits = group["split"]
             for first in np.unique(splits):
                 mine = group[splits == first]

@@ -233,7 +233,7 @@ def draw_confusion(matrix: np.ndarray, labels: Labels, path: str) -> None:
     if len(labels) <= 40:
         for row, column in np.ndindex(*matrix.shape):
             if matrix[row, column]:
-                axes.text(column, row, matrix[row, column], ha="center", va="center",
+                axes.text(column, row, str(matrix[row, column]), ha="center", va="center",
                           color="white" if share[row, column] > 0.5 else "black")
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's sentences")
     with atomic_write(path, "wb") as file:
@@ -244,8 +244,8 @@ def draw_confusion(matrix: np.ndarray, labels: Labels, path: str) -> None:
 def time_figures(seconds: list[float]) -> dict[str, float]:
     """Milliseconds a sentence without the first, which warms up."""
     rest = 1000 * np.array(seconds[1:] or seconds)
-    return {"total_ms": 1000 * float(np.sum(seconds)), "mean_ms": float(rest.mean()), "median_ms": float(np.median(rest)),
-            "p95_ms": float(np.percentile(rest, 95))}
+    return {"total_ms": 1000 * float(np.sum(seconds)), "mean_ms": float(rest.mean()),
+            "median_ms": float(np.median(rest)), "p95_ms": float(np.percentile(rest, 95))}
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
                 "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{args.model_path}.test.json")
     logger.info("[macro F1] : %.4f", figures["macro_f1"])
-    logger.info("[Accuracy] : {:.4f}, {:5d}/{:5d}".format(correct / len(targets), correct, len(targets)))
+    logger.info(f"[Accuracy] : {correct / len(targets):.4f}, {correct:5d}/{len(targets):5d}")
     if args.enable_inference:
         logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms on average",
                     timing["total_ms"], timing["mean_ms"])

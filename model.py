@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class MaxOverTimeConv(nn.Module):
 
     def __init__(self, input_size: int, num_filters: int, kernel_sizes: list[int]) -> None:
         super().__init__()
+        self.kernel_sizes = kernel_sizes
         self.convolutions = nn.ModuleList(
             nn.Conv1d(input_size, num_filters, size, padding=size - 1) for size in kernel_sizes
         )
@@ -49,8 +50,7 @@ class MaxOverTimeConv(nn.Module):
         """x [B, T, D], zero where mask [B, T] is False -> [B, num_filters * widths]."""
         x = x.transpose(1, 2)
         pooled = []
-        for convolution in self.convolutions:
-            size = convolution.kernel_size[0]  # type: ignore[union-attr, index]
+        for size, convolution in zip(self.kernel_sizes, self.convolutions, strict=True):
             # The window that ends at position i exists while its first position, i - k + 1, lies in the sentence.
             windows = F.pad(mask, (size - 1, 0), value=True).unsqueeze(1)
             pooled.append(F.relu(convolution(x)).masked_fill(~windows, 0.0).amax(-1))
@@ -85,7 +85,7 @@ class DenseNet(nn.Module):
         outputs = [x]
         for column in self.columns:
             layer_input = x
-            for depth, convolution in enumerate(column):  # type: ignore[arg-type]
+            for depth, convolution in enumerate(cast(nn.ModuleList, column)):
                 out = F.relu(convolution(layer_input).masked_fill(pad, 0.0))
                 layer_input = out if depth == 0 else torch.cat((layer_input, out), dim=1)
             outputs.append(out)
@@ -137,6 +137,7 @@ class WordEmbedding(nn.Module):
     def __init__(self, table: Tensor, num_trainable: int, word_dropout: float = 0.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.trainable = nn.Parameter(table[:num_trainable].clone())
+        self.frozen: Tensor
         self.register_buffer("frozen", table[num_trainable:], persistent=False)
         self.word_dropout = word_dropout
         self.dropout = nn.Dropout(dropout)

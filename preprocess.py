@@ -190,7 +190,8 @@ def encode_split(path: Path, target: Path, tokenize: Callable[[str], list[str]],
     with ArrayWriter(target, dict([("token_ids", ("i4", ())), ("offsets", ("i8", ())), target_column])) as writer:
         writer.append("offsets", np.zeros(1, dtype=np.int64))
         end = 0
-        tokens, ends, targets = array("i"), array("q"), []
+        tokens, ends = array("i"), array("q")
+        targets: list[Any] = []
 
         def flush() -> None:
             writer.append("token_ids", np.array(tokens, dtype=np.int32))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 
 class InputError(Exception):
@@ -24,7 +24,13 @@ class InputError(Exception):
     """
 
 
-def fail_cleanly(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+class Main(Protocol):
+    """A stage's entry point."""
+
+    def __call__(self, argv: list[str] | None = None) -> None: ...
+
+
+def fail_cleanly(main: Main) -> Main:
     """Decorate a stage's `main` so that an InputError ends the process with its sentence and exit status 2."""
 
     def wrapped(argv: list[str] | None = None) -> None:
@@ -51,7 +57,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        file = open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}))  # noqa: SIM115
+        text = "b" not in mode
+        file = open(temporary, mode, encoding="utf-8" if text else None, newline="\n" if text else None)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place.") from None
     try:

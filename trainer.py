@@ -93,7 +93,7 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
@@ -160,8 +160,9 @@ class Trainer:
             self.total_steps = min(self.total_steps, args.max_train_steps)
         warmup = self._warmup_steps()
 
-        optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr),
-                                      lr=args.lr, eps=args.adam_epsilon, fused=accelerator.device.type in ("cpu", "cuda"))
+        groups = parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr)
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_epsilon,
+                                      fused=accelerator.device.type in ("cpu", "cuda"))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
         )
@@ -312,6 +313,7 @@ class Trainer:
             batch = batch.to(self.accelerator.device, non_blocking=True)
             with self.accelerator.autocast():
                 logits = self.model(batch.input_ids, batch.attention_mask)
+            assert batch.targets is not None  # encoded data have them
             loss = self.criterion(logits.float(), batch.targets).sum()
             self.accelerator.backward(loss / examples)
             value = loss.item()

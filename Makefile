@@ -1,0 +1,39 @@
+# make quickstart    install, then train and try a classifier on data/sample
+# make test          the tests; make test-real: those on the real data sets and vectors
+# make lint          ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+MODEL := pytorch-model-quickstart.pt
+CONFIG := --config=configs/config-glove-cnn.json --data_dir=data/sample
+
+.PHONY: quickstart test test-real lint
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(RUN) preprocess.py $(CONFIG) --embedding_path=none
+	$(RUN) train.py $(CONFIG) --save_path=$(MODEL)
+	$(RUN) evaluate.py $(CONFIG) --model_path=$(MODEL)
+	@echo; echo "Three sentences, classified:"
+	@printf '%s\n' "could you wake me at half past six tomorrow" "how do you say good night in portuguese" \
+		"my neighbour painted his fence green" | $(RUN) evaluate.py --model_path=$(MODEL) --input_path=-
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n 2 -m "not real" --timeout=300
+
+test-real: $(VENV)/.installed-dev
+	$(RUN) -m pytest -m real
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
