@@ -150,7 +150,8 @@ def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
             named = {name: round(float(p), 6) for name, p in zip(predictor.labels.names, row, strict=True)}
             best = predictor.labels.names[int(row.argmax())]
             print(json.dumps({"sentence": sentence, "label": best, "probability": named[best],
-                              "probabilities": named}, ensure_ascii=False), flush=True)
+                              "probabilities": named}, ensure_ascii=False))
+        sys.stdout.flush()
     if lines.skipped:
         logger.warning("[%s] %d bad lines were skipped", args.input_path, lines.skipped)
 

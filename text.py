@@ -31,13 +31,18 @@ class Main(Protocol):
 
 
 def fail_cleanly(main: Main) -> Main:
-    """Decorate a stage's `main` so that an InputError ends the process with its sentence and exit status 2."""
+    """Decorate a stage's `main`: what the user handed in, or the disk, ends it with a sentence and exit status 2."""
 
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (InputError, OSError) as error:
+            said = error if isinstance(error, InputError) or not error.strerror else (
+                f"{error.filename or 'writing a file'}: {error.strerror}."
+            )
+            print(f"error: {said}", file=sys.stderr)
             raise SystemExit(2) from None
 
     wrapped.__doc__ = main.__doc__

@@ -79,7 +79,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     loss.add_argument("--criterion", choices=CRITERIA, default="CrossEntropyLoss", help="(default: %(default)s)")
     loss.add_argument("--class_weights", choices=("none", "balanced"), default="none",
                       help="balanced: rare classes count as much as frequent ones (default: none)")
-    loss.add_argument("--embedding_trainable", action="store_true",
+    loss.add_argument("--embedding_trainable", action=argparse.BooleanOptionalAction, default=False,
                       help="train the vectors of all words of train.txt, not only of those the vector file lacks")
     loss.add_argument("--word_dropout", type=number(0, 1, below=True), default=0.0,
                       help="probability that training replaces a word by <unk> (default: 0.0)")
@@ -200,8 +200,10 @@ def main(argv: list[str] | None = None) -> None:
         fit_gaussian(model, train, args)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     trainer = Trainer(model, train, valid, args, record, accelerator)
-    if args.resume:
+    if args.resume and trainer.state_path.exists():
         trainer.load_state()
+    elif args.resume:
+        logger.info("[no %s to resume: beginning at the beginning]", trainer.state_path)
     logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
                 accelerator.device, precision, len(train), trainer.total_steps)
     best = trainer.fit()

@@ -105,7 +105,7 @@ def _convert(path: Path, target: Path, identity: dict[str, str]) -> None:
         first, count, dimension = _read_head(path, file)
         with (ArrayWriter(target, {"table": ("f4", (dimension,)), "words": ("u1", ())}) as writer,
               tqdm(total=int(identity["source_size"]), desc=f"reading {path.name}", unit="B", unit_scale=True,
-                   delay=1) as bar):
+                   mininterval=0.5, delay=1) as bar):
             for size, words, table in _parse_blocks(path, file, first, dimension):
                 keep = []
                 for row, word in enumerate(words):

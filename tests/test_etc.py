@@ -207,11 +207,10 @@ def test_interrupted_download_is_resumed(remote: Remote, tmp_path: Path, monkeyp
 
 
 def test_broken_connections_are_retried(remote: Remote, tmp_path: Path) -> None:
-    remote.script = [100_000, 503, 300_000]
+    remote.script = [100, 503, 300_000]
     assert fetch(remote, tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
-    assert [headers.get("range") for _, headers in remote.asked] == [None, "bytes=100000-", "bytes=100000-",
-                                                                     "bytes=400000-"]
+    assert [headers.get("range") for _, headers in remote.asked] == [None, "bytes=100-", "bytes=100-", "bytes=300100-"]
 
 
 def test_attempts_come_to_an_end(remote: Remote, tmp_path: Path) -> None:
@@ -284,7 +283,7 @@ def test_no_connection(remote: Remote, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "snips", "http://", "http://127.0.0.1:1/a b", "http://[/"])
 def test_bad_address(url: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="address"):
+    with pytest.raises(InputError, match="^[^;]*: not an? (http or https|usable) address"):
         download.fetch(url, tmp_path / "file.bin")
     assert not names(tmp_path)
 
