@@ -145,24 +145,26 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[int, int | None, int]:
     if len(lines) > 1 and len(head) == 1 << 20:
         lines.pop()  # cut short
     header = lines[0].split()
+    count = None
     if len(header) == 2 and header[0].isdigit() and header[1].isdigit():
-        file.seek(start + len(lines[0]) + 1)
-        count, dimension = int(header[0][:18]), int(header[1][:18])
-        if len(lines) > 1:  # a header that fits no vector is better met before memory is set aside for it
+        count, dimension = (int(field[:18]) for field in header)
+        start += len(lines[0]) + 1
+        if dimension and len(lines) > 1:  # where the two disagree, better known before memory is set aside
             _parse_line(path, 2, lines[1], dimension)
-        return 2, count, dimension
-    file.seek(start)
-    # A word may hold blanks, so that only the numbers at the end of a line tell the dimension; a single line may be
-    # broken, so that the most frequent one counts.
-    lengths: Counter[int] = Counter()
-    for line in lines[:100]:
-        fields = line.split()[1:]
-        lengths[next((n for n, field in enumerate(reversed(fields)) if not NUMBER.fullmatch(field)), len(fields))] += 1
-    dimension = max(lengths, key=lambda length: (lengths[length], length))
-    if not head or not dimension:
+    else:
+        # A word may hold blanks, so that only the numbers at the end of a line tell the dimension; a single line may
+        # be broken, so that the most frequent one counts.
+        lengths: Counter[int] = Counter()
+        for line in lines[:100]:
+            fields = line.split()[1:]
+            others = (place for place, field in enumerate(reversed(fields)) if not NUMBER.fullmatch(field))
+            lengths[next(others, len(fields))] += 1
+        dimension = max(lengths, key=lambda length: (lengths[length], length))
+    if not dimension:
         raise InputError(f"{path}:1: {'no word with its vector' if head else 'the file is empty'}; each line must be "
                          "a word and its numbers, separated by blanks.")
-    return 1, None, dimension
+    file.seek(start)
+    return 1 if count is None else 2, count, dimension
 
 
 def _parse_blocks(path: Path, file: IO[bytes], number: int,
@@ -239,12 +241,12 @@ def _parse_block(path: Path, number: int, block: bytes, dimension: int) -> tuple
 def _parse_line(path: Path, number: int, line: bytes, dimension: int) -> tuple[bytes, np.ndarray]:
     """Parse line `number` of the file: a word, which may hold blanks, and `dimension` numbers."""
     fields = line.split()
-    numbers = fields[-dimension:] if dimension else []
+    numbers = fields[-dimension:]
     wrong = [field for field in numbers if not NUMBER.fullmatch(field)]
-    vector = np.empty(0)
-    # A word may end in blanks and numbers, but then it cannot be told from a vector that is too long.
-    if len(fields) <= dimension or len(fields) > dimension + 1 and all(map(NUMBER.fullmatch, fields[1:])):
-        fault = f"{max(len(fields) - 1, 0)} numbers"
+    vector = np.empty(0, np.float32)
+    # Numbers inside a word with blanks are rather those of a vector that is too long, or of a line that lost its end.
+    if len(fields) <= dimension or any(map(NUMBER.fullmatch, fields[1:-dimension])):
+        fault = f"{sum(map(bool, map(NUMBER.fullmatch, fields[1:])))} numbers"
     elif wrong:
         fault = f"{wrong[0].decode(errors='backslashreplace')[:40]!r} in place of a finite number"
     else:

@@ -59,8 +59,8 @@ SLOTS = {
     "do": Pool("| | | please | can you | could you | could you please | i want you to | i need you to | would you | "
                "i was hoping you could",
                "i would like you to | kindly", "go ahead and | be so kind and | it would be great if you could"),
-    "lead": Pool("hey | ok | hi | so | alright | hello there", "hey there", "listen | right | good morning"),
-    "tail": Pool("please | thanks | for me | thank you", "right away", "if you can | when you have a second"),
+    "lead": Pool("hey | ok | hi | so | alright | hello there", "hey there", "excuse me | good evening | good morning"),
+    "tail": Pool("please | thanks | thank you", "right away", "if you can | when you have a second"),
     "name": Pool("anna | mark | priya | tom | lena | carlos | mei | david | fatima | john", "oliver | ines",
                  "hassan | greta | yuki | samuel"),
     "person": Pool("{name} | {name} | {name} | {name} | my mother | my boss | my brother | the dentist | the landlord",
@@ -106,7 +106,7 @@ SLOTS = {
                  "{name} from {place}",
                  "cancel the dinner reservation | feed the cat",
                  "switch the {device} off in the {room} | look up the route to {place} | ring {person} back | "
-                 "translate the letter | defrost the chicken | play the tape for {name} | set an alarm | get {item}"),
+                 "post the letter | defrost the chicken | play the tape for {name} | set an alarm | get {item}"),
     "news": Pool("i will be late | the {device} in the {room} broke down | dinner is at {clock} | "
                  "it is raining in {city} | i booked a table for {party} | we need {item} | "
                  "i am on my way to {place} | my alarm did not go off | the new {artist} record is great",
@@ -160,6 +160,7 @@ INTENTS = {
         {do} set my alarm for {clock} {day}
         i need an alarm at {clock}
         {do} wake me up in {span}
+        {do} make sure i wake up at {clock}
         {do} make the alarm ring at {clock}
         i have to get up at {clock} {day} so set the alarm
         {do} change my alarm from {clock} to {clock}
@@ -190,6 +191,7 @@ INTENTS = {
         {do} remind me in {span} that i have to {task}
         {do} make a reminder that says {task}
         {when} remind me to {task}
+        {do} tell me {when} that i need to {task}
         {do} remind me of the dinner with {person}
         {do} remind me to {request}
         {do} remind me {when} to {request}
@@ -216,17 +218,17 @@ INTENTS = {
         how cold is it in {city}
         {do} check the weather for {city} {day}
         is it going to {condition} {day}
-        {do} give me the weather report for {day}
+        {do} give me the weather report for {city}
         do i need an umbrella {day}
         what is the temperature in {city} right now
         is it warm enough to eat outside in {city} {day}""",
-        """{do} show me the forecast for {day}
+        """{do} show me the forecast for {city} {day}
         how hot will it get in {city} {day}
         is there any chance that it will {condition} {day}""",
         """should i wear a coat in the cold of {city} {day}
         what will the sky look like over {city} {day}
         {do} look up how many degrees it is in {city}
-        is there a storm in the forecast for {day}
+        is there a storm in the forecast {day}
         is it warm and dry enough {day} for the walk to {place}
         do you expect that it will {condition} before {clock}
         will we need the heating {day} or is it going to be mild""",
@@ -271,7 +273,8 @@ INTENTS = {
         {do} ask {name} by text to {request}
         {do} send a message asking {person} to {task}
         i want to text {person} about the weather in {city}
-        {do} reply to {person} that {news}""",
+        {do} reply to {person} that {news}
+        {do} pass the message to {person} that {news}""",
         """{do} inform {person} that {news}
         {do} send {name} a text asking about dinner {day}
         {do} ask {person} by message to {task}""",
@@ -297,6 +300,9 @@ INTENTS = {
         i need to call {place}
         {do} call {person} now and put it on the speaker in the {room}
         {do} call {person} back
+        {do} give {person} a call
+        {do} get {person} on the phone
+        {do} give {person} a call to ask about the weather
         {do} phone {name} to ask about the {device}""",
         """{do} place a call to {person}
         {do} call up {person} about the {item}
@@ -324,7 +330,7 @@ INTENTS = {
         {do} take me to {place} without toll roads
         is there traffic on the road to {place}""",
         """{do} guide me to {place}
-        {do} plan a route to {place} for {day}
+        {do} plan a route to {place} {day}
         how long is the walk to {place}""",
         """where do i have to turn to reach {place}
         {do} lead me to the house of {person}
@@ -346,6 +352,7 @@ INTENTS = {
         {do} set the {room} to twenty degrees
         {do} set the heating to 18 degrees at {clock}
         it is too cold in the {room} so turn up the heating
+        nobody is watching so the {device} in the {room} can be switched off
         {do} make it brighter in the {room}
         {do} turn off all the lights when i call it a night
         {do} set the {device} timer to {span}""",
@@ -373,12 +380,12 @@ INTENTS = {
         {do} add {request} to the {list}
         the {list} should say {request}
         i want {item} on the {list}
-        add {item} to the {list} for {day}
+        add {item} to the {list} before {clock}
         {do} add the {artist} album to my wish list
         {do} remember {item} for the {list}
         my {list} needs {item}""",
         """{do} include {item} in the {list}
-        {do} add {task} to the to do list for {day}
+        {do} add {task} to my to do list {day}
         we are out of {item} so put that on the {list}""",
         """{do} note down {item} on the {list}
         {item} should go on the {list}
@@ -444,6 +451,8 @@ INTENTS = {
         {do} convert {span} into seconds
         who wrote {song}
         how often do people {request}
+        i do not have the time to {request}
+        {name} was too busy to {request}
         my boss thinks it is silly to {request}
         what is two hundred divided by six
         i was awake until {clock}
@@ -477,6 +486,7 @@ INTENTS = {
 QUOTED = ["play_music", "book_table", "make_call", "control_home", "get_directions"]
 
 SLOT = re.compile(r"\{(\w+)\}")
+ARTICLE = re.compile(r"\ba(?= [aeiou])")  # "a", where a slot's value asks for "an"
 
 
 class Writer:
@@ -517,7 +527,7 @@ class Writer:
             template = "{lead} " + template
         while SLOT.search(template):
             template = SLOT.sub(lambda match: self.value(match[1], split), template)
-        return " ".join(template.split())
+        return ARTICLE.sub("an", " ".join(template.split()))
 
     def new_sentence(self, intent: str, split: str) -> str:
         """One sentence that no split has yet."""
