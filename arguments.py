@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def _number(low: float, high: float, required: bool = True) -> Key:
 _POSITIVE = Key(_is_int, "a whole number above 0")
 _OPTIONAL_POSITIVE = Key(_is_int, "a whole number above 0", required=False)
 _BOOL = Key(lambda v: isinstance(v, bool), "true or false")
-_TEXT = Key(lambda v: isinstance(v, str) and bool(v) and not set(v) & set(" \t\r\n"), "a word without blanks")
+_TEXT = Key(lambda v: isinstance(v, str) and bool(v) and v.isprintable() and " " not in v, "a word without blanks")
 _SIZES = Key(_is_sizes, "a list of whole numbers above 0")
 
 _CNN = {"num_filters": _POSITIVE, "kernel_sizes": _SIZES}
@@ -69,7 +70,7 @@ EMBEDDING_KEYS: dict[str, dict[str, Key]] = {
         "pad_token_id": Key(lambda v: v == 0 and _is_int(v, 0), "0"),
         "unk_token": _TEXT,
         "unk_token_id": Key(lambda v: v == 1 and _is_int(v, 0), "1"),
-        "tokenizer": Key(lambda v: v in WORD_TOKENIZERS, " or ".join(WORD_TOKENIZERS), required=False),
+        "tokenizer": Key(lambda v: v in tuple(WORD_TOKENIZERS), " or ".join(WORD_TOKENIZERS), required=False),
     },
 }
 ENCODER_KEYS: dict[str, dict[str, Key]] = {
@@ -92,7 +93,7 @@ TRAINING_KEYS: dict[str, Key] = {
     "patience": _OPTIONAL_POSITIVE,
     "warmup_ratio": _number(0, 1, required=False),
     "weight_decay": _number(0, 1e3, required=False),
-    "word_dropout": _number(0, 0.99, required=False),
+    "word_dropout": _number(0, 1e6, required=False),
     "embedding_dropout": _number(0, 0.99, required=False),
     "ema_decay": _number(0, 0.99999, required=False),
     "criterion": Key(lambda v: v in CRITERIA, " or ".join(CRITERIA), required=False),
@@ -212,6 +213,8 @@ def _ranged_int(text: str, low: int) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} is below {low}")
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{value} is too large")
     return value
 
 
@@ -223,6 +226,8 @@ def number(low: float = 0.0, high: float = float("inf"), below: bool = False) ->
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         if not low <= value <= high or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {'below ' if below else ''}{high:g}")
         return value

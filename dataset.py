@@ -105,6 +105,14 @@ class EncodedData(Dataset):
         """[N] the class of each example: its label, or the largest logit."""
         return self.targets.argmax(1) if self.has_logits else np.asarray(self.targets)
 
+    def word_counts(self) -> Tensor:
+        """How often each word of the training data occurs here: [rows of words seen in training]."""
+        counts = np.zeros(self.facts["seen_rows"], dtype=np.int64)
+        for start in range(0, len(self.token_ids), 1 << 24):
+            part = self.token_ids[start : start + (1 << 24)]
+            counts += np.bincount(part[part < len(counts)], minlength=len(counts))
+        return torch.from_numpy(counts)
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The batch of the examples at `indices` (torch's loader calls this in place of one call an example)."""
         rows = [self.token_ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
@@ -180,6 +188,7 @@ def load_table(path: str | Path, expected: str) -> Tensor:
         raise InputError(f"{path}: no such file; run preprocess.py first.") from None
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path}: not a whole table of vectors ({error}); run preprocess.py again.") from None
-    if table.dtype != np.float32 or table.ndim != 2 or fingerprint(table) != expected:
+    if (not isinstance(table, np.ndarray) or table.dtype != np.float32 or table.ndim != 2
+            or fingerprint(table) != expected):
         raise InputError(f"{path}: not the vectors that the data were encoded with; run preprocess.py again.")
     return torch.from_numpy(table)

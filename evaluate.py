@@ -291,10 +291,9 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("[macro F1] : %.4f", figures["macro_f1"])
     logger.info(f"[Accuracy] : {correct / len(targets):.4f}, {correct:5d}/{len(targets):5d}")
     if args.enable_inference:
-        logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms on average",
-                    timing["total_ms"], timing["mean_ms"])
+        logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms", timing["total_ms"], timing["mean_ms"])
     else:
-        logger.info("[Elapsed Time] : %sms, %sms on average", timing["total_ms"], timing["mean_ms"])
+        logger.info("[Elapsed Time] : %dms, %sms on average", timing["total_ms"], timing["mean_ms"])
 
 
 def check_same_data(data: Any, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:

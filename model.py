@@ -132,28 +132,47 @@ class WordEmbedding(nn.Module):
     Args:
         table: [V, D] float32; may be a read-only memory map.
         num_trainable: how many rows are trained, at least 2 (<pad> and <unk>).
+        word_dropout: for each word of the training data, the probability with which training reads <unk> in its place
+            (rows after the last one: never); see word_dropout_probabilities.
+        dropout: on the word vectors' elements.
     """
 
-    def __init__(self, table: Tensor, num_trainable: int, word_dropout: float = 0.0, dropout: float = 0.0) -> None:
+    def __init__(self, table: Tensor, num_trainable: int, word_dropout: Tensor | None = None,
+                 dropout: float = 0.0) -> None:
         super().__init__()
         self.trainable = nn.Parameter(table[:num_trainable].clone())
         self.frozen: Tensor
         self.register_buffer("frozen", table[num_trainable:], persistent=False)
-        self.word_dropout = word_dropout
+        self.word_dropout: Tensor | None
+        self.register_buffer("word_dropout", word_dropout, persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.output_size = table.shape[1]
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids [B, T] -> [B, T, D], zero where mask [B, T] is False."""
-        if self.training and self.word_dropout:
-            dropped = torch.rand(input_ids.shape, device=input_ids.device) < self.word_dropout
-            input_ids = input_ids.masked_fill(dropped, 1)  # <unk> learns to stand for any word
+        if self.training and self.word_dropout is not None:
+            probability = F.embedding(input_ids.clamp(max=len(self.word_dropout) - 1), self.word_dropout.unsqueeze(1))
+            dropped = torch.rand(input_ids.shape, device=input_ids.device) < probability.squeeze(-1)
+            input_ids = input_ids.masked_fill(dropped, 1)
         count = self.trainable.shape[0]
         x = F.embedding(input_ids.clamp(max=count - 1), self.trainable)
         if self.frozen.shape[0]:
             frozen = F.embedding((input_ids - count).clamp(min=0), self.frozen)
             x = torch.where((input_ids < count).unsqueeze(-1), x, frozen)
         return self.dropout(x).masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
+    """Rare words are dropped most: alpha / (alpha + count), so that <unk> learns what unknown words are like.
+
+    From Kiperwasser and Goldberg 2016 (arXiv 1603.04351, section 4), who took alpha = 0.25.
+
+    Args:
+        counts: how often each row of the table occurs in the training data, [V].
+    """
+    probabilities = alpha / (alpha + counts.float())
+    probabilities[counts == 0] = 0.0  # <pad>, and words that training does not meet
+    return probabilities
 
 
 # -------------------------------------------------------------------------------------------------------- encoders
@@ -317,7 +336,7 @@ class Classifier(nn.Module):
 
 
 def build_model(config: dict[str, Any], num_labels: int, table: Tensor, num_trainable: int,
-                word_dropout: float = 0.0, embedding_dropout: float = 0.0) -> Classifier:
+                word_dropout: Tensor | None = None, embedding_dropout: float = 0.0) -> Classifier:
     """Make the classifier that a checked config describes.
 
     Args:
@@ -325,8 +344,7 @@ def build_model(config: dict[str, Any], num_labels: int, table: Tensor, num_trai
         num_labels: C.
         table: word vectors [V, D], see WordEmbedding.
         num_trainable: rows of the table that are trained.
-        word_dropout: probability with which training replaces a word by <unk>.
-        embedding_dropout: dropout on the word vectors.
+        word_dropout, embedding_dropout: see WordEmbedding.
     """
     encoder_class, decoder_class = ENCODERS[config["enc_class"]]
     embedding = WordEmbedding(table, num_trainable, word_dropout, embedding_dropout)

@@ -53,7 +53,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                           help="at most so many words: those of train.txt by frequency, then the vector file's by "
                                "place (default: 0, all)")
     encoding.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
-    encoding.add_argument("--seed", type=int, default=42,
+    encoding.add_argument("--seed", type=natural_int, default=42,
                           help="for the vectors of words that the file lacks (default: %(default)s)")
     args, config = parser.parse_with_config(argv)
     assert config is not None  # --config has a default
@@ -66,33 +66,37 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 
 
 def count_words(path: Path, tokenize: Callable[[str], list[str]], skip_bad_lines: bool,
-                known_labels: Labels | None) -> tuple[Counter[str], Labels]:
+                label_path: Path) -> tuple[Counter[str], Labels]:
     """Count the words of train.txt and collect its labels in order of first appearance.
 
     Args:
-        known_labels: label.txt's, needed where train.txt holds a teacher's logits.
+        label_path: label.txt, read where train.txt holds a teacher's logits.
     """
     words: Counter[str] = Counter()
     names: dict[str, int] = {}
-    logits: bool | None = None
+    labels: Labels | None = None  # those that logits follow
+    parser: LabelParser | None = None
 
-    def parse(label: str) -> str:
-        nonlocal logits
-        if logits is None:
-            logits = looks_like_logits(label)
-            if logits and known_labels is None:
-                raise InputError(f"{path}:1: the label {label!r} reads as a teacher's logits, and the label map that "
-                                 f"they follow is missing; put the class names into {path.parent / 'label.txt'}, "
-                                 "one a line.")
-        if not logits:
+    def parse(label: str) -> None:
+        nonlocal labels, parser
+        logits = looks_like_logits(label)
+        if logits and not names and parser is None:
+            if not label_path.exists():
+                raise InputError(f"{path}: the label {label!r} reads as a teacher's logits, and the label map that "
+                                 f"they follow is missing; put the class names into {label_path}, one a line.")
+            labels = Labels.read(label_path)
+            parser = LabelParser(labels)
+        if parser is not None:
+            parser(label)
+        elif logits:
+            raise ValueError(f"the label {label!r} reads as a teacher's logits, and the file's first one does not.")
+        else:
             names.setdefault(label, len(names))
-        return label
 
     for example in progress(path, Lines(path, skip_bad_lines, parse_label=parse)):
         words.update(tokenize(example.sentence))
-    if logits:
-        assert known_labels is not None
-        return words, known_labels
+    if labels is not None:
+        return words, labels
     if len(names) < 2:
         raise InputError(f"{path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
     return words, Labels(tuple(names))
@@ -245,14 +249,13 @@ def main(argv: list[str] | None = None) -> None:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such file; a data folder holds {', '.join(names)}.")
     label_path = folder / "label.txt"
-    known_labels = Labels.read(label_path) if label_path.exists() else None
-    if args.augmented and known_labels is None:
+    if args.augmented and not label_path.exists():
         raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
     tokenizer = config.get("tokenizer", "whitespace")
     tokenize = make_word_tokenizer(tokenizer, config["lowercase"])
 
-    counts, labels = count_words(folder / SPLITS[0], tokenize, args.skip_bad_lines, known_labels)
-    if args.augmented and labels != known_labels:
+    counts, labels = count_words(folder / SPLITS[0], tokenize, args.skip_bad_lines, label_path)
+    if args.augmented and labels != Labels.read(label_path):
         raise InputError(f"{label_path}: not the labels of {folder / SPLITS[0]}; run preprocess.py without "
                          "--augmented first.")
     vectors = load_vectors(args.embedding_path)

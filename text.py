@@ -228,7 +228,7 @@ class Labels:
         """Read label.txt: one name a line, the line's place is the id."""
         with open_input(path) as file:
             try:
-                names = file.read().decode("utf-8").removesuffix("\n").split("\n")
+                names = file.read().decode("utf-8-sig").removesuffix("\n").split("\n")
             except UnicodeDecodeError:
                 raise InputError(f"{path}: broken UTF-8; run preprocess.py again.") from None
         names = [name.removesuffix("\r") for name in names]
@@ -258,7 +258,7 @@ def looks_like_logits(label: str) -> bool:
 
 
 class LabelParser:
-    """Turns a file's labels into targets: class ids, or a teacher's logits. The first label decides which.
+    """Turns a file's labels into targets: class ids, or a teacher's logits. The first usable label decides.
 
     Args:
         labels: the label map.
@@ -277,11 +277,13 @@ class LabelParser:
         Raises:
             ValueError: an unknown label, logits of the wrong count or not finite, or a mixture of both kinds.
         """
-        if self.logits is None:
-            self.logits = label not in self.ids and looks_like_logits(label)
-        if not self.logits:
+        logits = self.logits
+        if logits is None:
+            logits = label not in self.ids and looks_like_logits(label)
+        if not logits:
             if label not in self.ids:
                 raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
+            self.logits = False
             return self.ids[label]
         try:
             numbers = [float(part) for part in label.split()]
@@ -292,6 +294,7 @@ class LabelParser:
         # Beyond single precision's range a finite number would be stored as infinity.
         if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
             raise ValueError("a logit that is not finite.")
+        self.logits = True
         return numbers
 
 

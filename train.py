@@ -81,8 +81,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                       help="balanced: rare classes count as much as frequent ones (default: none)")
     loss.add_argument("--embedding_trainable", action=argparse.BooleanOptionalAction, default=False,
                       help="train the vectors of all words of train.txt, not only of those the vector file lacks")
-    loss.add_argument("--word_dropout", type=number(0, 1, below=True), default=0.0,
-                      help="probability that training replaces a word by <unk> (default: 0.0)")
+    loss.add_argument("--word_dropout", type=number(), default=0.0, metavar="ALPHA",
+                      help="training reads <unk> in place of a word that occurs N times with the probability "
+                           "ALPHA / (ALPHA + N) (default: 0.0)")
     loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
                       help="dropout on word vectors (default: 0.0)")
     loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     from accelerate import Accelerator
 
     from dataset import load_table
-    from model import build_model
+    from model import build_model, word_dropout_probabilities
     from trainer import Trainer
     from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging, write_json
 
@@ -193,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     record = make_record(args, config, train, num_trainable, precision)
 
     set_seed(args.seed)
-    model = build_model(config, len(train.labels), table, num_trainable, args.word_dropout, args.embedding_dropout)
+    word_dropout = word_dropout_probabilities(train.word_counts(), args.word_dropout) if args.word_dropout else None
+    model = build_model(config, len(train.labels), table, num_trainable, word_dropout, args.embedding_dropout)
     if args.restore_path:
         restore(model, load_checkpoint(args.restore_path), args.restore_path)
     elif config["enc_class"] == "gnb":

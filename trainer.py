@@ -379,7 +379,7 @@ class Trainer:
 # Attributes that a state file carries, and flags that a resumed run must share.
 _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epochs_without_gain", "gained", "history",
              "finished")
-_DECISIVE = ("batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr", "num_warmup_steps",
-             "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
+_DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
+             "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
              "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
              "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "precision", "restore_path")

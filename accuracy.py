@@ -1,0 +1,288 @@
+"""Train and test every model and two baselines on several data sets: what `python benchmark.py accuracy` does.
+
+The models run through the stages, as a user runs them, with the flags of the table below. Each finished one is
+written to accuracy.json at once, and is not run again while its data, its recipe and the code stay the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from arguments import load_config
+from report import provenance
+from text import InputError, Lines
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent
+SPLITS = ("train.txt", "valid.txt", "test.txt")
+
+# The accuracy table's rows: each model's config; by data set, train.py's flags for it (those of README.md) and seeds.
+CONFIGS = {
+    "gnb": "configs/config-glove-gnb.json",
+    "cnn": "configs/config-glove-cnn.json",
+    "densenet-cnn": "configs/config-densenet-cnn.json",
+    "densenet-dsa": "configs/config-densenet-dsa.json",
+}
+RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
+    ("snips", "gnb"): ("", [1, 2, 3]),
+    ("snips", "cnn"): ("--embedding_trainable", [1, 2, 3]),
+    ("snips", "densenet-cnn"): ("--embedding_trainable", [1, 2, 3]),
+    ("snips", "densenet-dsa"): ("", [1, 2, 3]),
+    ("sst2", "gnb"): ("--lr=1e-3", [1]),
+    ("sst2", "cnn"): ("--lr=1e-3", [1, 2, 3]),
+}
+# What a row depends on; another version of it makes the row stale.
+DECISIVE = ("preprocess.py", "train.py", "trainer.py", "model.py", "dataset.py", "text.py", "vectors.py")
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+
+
+def run_stage(script: str, *flags: str) -> None:
+    """Run one of the stages in a process of its own. Its log and progress bar show; its report does not."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
+
+
+def encode(source: Path, folder: Path, config: str, embedding_path: str) -> None:
+    """Copy a data set into `folder` and encode it there."""
+    folder.mkdir(parents=True)
+    for name in SPLITS:
+        if not (source / name).is_file():
+            raise InputError(f"{source / name}: no such file; fetch data sets with python etc/download_datasets.py.")
+        shutil.copyfile(source / name, folder / name)
+    run_stage("preprocess.py", f"--config={config}", f"--data_dir={folder}", f"--embedding_path={embedding_path}")
+
+
+# --------------------------------------------------------------------------------------------------------- accuracy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        results: the folder of accuracy.json.
+        command: what the rows say of it.
+        data_sets: folders, by path or by their name under data/.
+        seeds: in the place of those of RECIPES.
+        force: run what is finished, too.
+        train_flags: more of them for all models.
+        settings: how many of its settings a baseline tries at most.
+    """
+
+    results: Path
+    command: str
+    data_sets: list[str]
+    models: list[str]
+    seeds: list[int] | None = None
+    embedding_path: str = "none"
+    force: bool = False
+    train_flags: str = ""
+    settings: int = 1000
+
+
+def measure_accuracy(plan: Plan, folder: Path) -> None:
+    """Train and test every model and baseline on every data set, working in `folder`."""
+    for place in plan.data_sets:
+        source = Path(place) if os.sep in place else Path("data", place)
+        data = folder / source.name
+        encode(source, data, CONFIGS["cnn"], plan.embedding_path)
+        facts = encoded_facts(data)
+        vectors = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
+        for model in plan.models:
+            recipe, seeds = RECIPES.get((source.name, model), ("", [1]))
+            flags = [*recipe.split(), *plan.train_flags.split()]
+            config = load_config(CONFIGS[model])
+            about = {"flags": flags, "config": config, "embedding": vectors}
+            run = partial(train_and_test, data, CONFIGS[model], flags)
+            for seed in plan.seeds or seeds:
+                key = {"data_set": source.name, "model": model, "seed": seed,
+                       "recipe": digest(json.dumps([config, flags, facts])), "code": code_hash()}
+                finish(plan, key, about, partial(run, seed))
+        for name, (fit, settings) in BASELINES.items():
+            settings = settings[: plan.settings]
+            key = {"data_set": source.name, "model": name, "seed": 0,
+                   "recipe": digest(json.dumps([settings, facts["texts"]])),
+                   "code": digest(inspect.getsource(fit) + inspect.getsource(tune))}
+            finish(plan, key, {}, partial(tune, fit, settings, data))
+
+
+def finish(plan: Plan, key: dict[str, Any], about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+    """Run one row and write it, unless it stands there already."""
+    path = plan.results / "accuracy.json"
+    name = f"{key['model']} on {key['data_set']}, seed {key['seed']}"
+    if not plan.force and any(key.items() <= row.items() for row in read_rows(path)):
+        logger.info("[%s: finished before]", name)
+        return
+    logger.info("[%s: begins]", name)
+    row = {**key, **provenance(plan.command), **about, **run()}
+    write_row(path, row)
+    logger.info("[%s: %.4f on test, %.4f on valid]", name, row["accuracy"], row["valid_accuracy"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """accuracy.json's rows, the newest last."""
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not as benchmark.py wrote it ({error}); remove or restore it.") from None
+
+
+def write_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row; it takes the place of one of the same data set, model, seed and recipe."""
+    from util import write_json
+
+    keys = ("data_set", "model", "seed", "recipe")
+    others = [old for old in read_rows(path) if any(old[key] != row[key] for key in keys)]
+    write_json({"rows": [*others, row]}, path)
+
+
+def newest_rows(path: Path) -> list[dict[str, Any]]:
+    """accuracy.json's rows of the newest recipe of each model on each data set, in the table's order."""
+    rows = read_rows(path)
+    newest = {(row["model"], row["data_set"]): row["recipe"] for row in rows}
+    order = {name: place for place, name in enumerate([*CONFIGS, *BASELINES])}
+    rows = [row for row in rows if row["recipe"] == newest[row["model"], row["data_set"]]]
+    return sorted(rows, key=lambda row: (order.get(row["model"], len(order)), row["seed"]))
+
+
+def digest(text: str) -> str:
+    """A short checksum."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def code_hash() -> str:
+    """A checksum of the code that decides a model's accuracy, but for its comments, docstrings and layout."""
+    trees = []
+    for name in DECISIVE:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        trees.append(ast.dump(tree))
+    return digest("\n".join(trees))
+
+
+def encoded_facts(data: Path) -> dict[str, Any]:
+    """What was encoded: checksums of the texts, the vocabulary and the vectors, and how many vectors the file has."""
+    from dataset import EncodedData
+
+    splits = [EncodedData(data / f"{name}.ids").facts for name in SPLITS]
+    vocabulary = (data / "vocab.txt").read_bytes().count(b"\n")
+    return {"texts": [facts["source_sha256"] for facts in splits], "vocabulary": splits[0]["vocab_sha256"],
+            "table": splits[0]["table"], "vectors": vocabulary - splits[0]["own_rows"]}
+
+
+def train_and_test(data: Path, config: str, flags: list[str], seed: int) -> dict[str, Any]:
+    """Run train.py and evaluate.py, on encoded data and once more on raw text, one sentence at a time."""
+    with tempfile.TemporaryDirectory(dir=data) as folder:
+        model = f"{folder}/model.pt"
+        common = (f"--config={config}", f"--data_dir={data}")
+        start = time.perf_counter()
+        run_stage("train.py", *common, *flags, f"--seed={seed}", f"--save_path={model}", f"--log_dir={folder}/runs",
+                  f"--log_path={folder}/train.log")
+        seconds = time.perf_counter() - start
+        run_stage("evaluate.py", *common, f"--model_path={model}")
+        test = json.loads(Path(f"{model}.test.json").read_text())
+        run_stage("evaluate.py", *common, f"--model_path={model}", "--enable_inference")
+        raw = json.loads(Path(f"{model}.test.json").read_text())
+        trained = json.loads(Path(f"{model}.train.json").read_text())
+    best = trained["best"]
+    return {"accuracy": test["accuracy"], "correct": test["correct"], "examples": test["examples"],
+            "macro_f1": test["macro_f1"], "raw_accuracy": raw["accuracy"], "valid_accuracy": best["valid_accuracy"],
+            "valid_loss": best["valid_loss"], "best_step": best["step"], "precision": trained["flags"]["precision"],
+            "train_seconds": seconds, "ms": raw["timing"]["mean_ms"], "ms_encoded": test["timing"]["mean_ms"]}
+
+
+# -------------------------------------------------------------------------------------------------------- baselines
+
+Examples = list[tuple[str, str]]
+Fit = Callable[[dict[str, Any], Examples, Path], Callable[[str], str]]
+
+
+def fit_svm(setting: dict[str, Any], train: Examples, folder: Path) -> Callable[[str], str]:
+    """TF-IDF of words and pairs of words with a linear support vector machine."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.svm import LinearSVC
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), **{key: setting[key] for key in setting if key != "C"})
+    features = vectorizer.fit_transform([sentence for sentence, _ in train])
+    svm = LinearSVC(C=setting["C"], random_state=0).fit(features, [label for _, label in train])
+    return lambda sentence: str(svm.predict(vectorizer.transform([sentence]))[0])
+
+
+def fit_fasttext(setting: dict[str, Any], train: Examples, folder: Path) -> Callable[[str], str]:
+    """fastText with pairs of words, on one thread: with more it is not repeatable."""
+    try:
+        import fasttext
+    except ImportError:
+        raise InputError("the fastText baseline needs its package: pip install -r requirements-dev.txt") from None
+
+    names = sorted({label for _, label in train})
+    path = folder / "fasttext.txt"
+    path.write_text("".join(f"__label__{names.index(label)} {sentence.lower()}\n" for sentence, label in train))
+    model = fasttext.train_supervised(str(path), wordNgrams=2, minCount=1, bucket=500_000, thread=1, verbose=0,
+                                      **setting)
+    # The inner object: fastText's own predict() fails under numpy 2.
+    return lambda sentence: names[int(model.f.predict(f"{sentence.lower()}\n", 1, 0.0, "strict")[0][1][9:])]
+
+
+def grid(**choices: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """All combinations of some settings."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+BASELINES: dict[str, tuple[Fit, list[dict[str, Any]]]] = {
+    "TF-IDF + linear SVM": (fit_svm, grid(C=(0.1, 0.3, 1.0, 3.0, 10.0), min_df=(1, 2), sublinear_tf=(False, True),
+                                          token_pattern=(r"(?u)\b\w\w+\b", r"\S+"))),
+    "fastText": (fit_fasttext, grid(epoch=(5, 25), lr=(0.1, 0.5, 1.0), dim=(50, 100))),
+}
+
+
+def tune(fit: Fit, settings: list[dict[str, Any]], data: Path) -> dict[str, Any]:
+    """Fit with each setting, choose by accuracy on valid, and test that one, one sentence at a time."""
+    train, valid, test = ([(e.sentence, e.label) for e in Lines(data / name)] for name in SPLITS)
+    best: dict[str, Any] = {"valid_accuracy": -1.0}
+    predict: Callable[[str], str] = str
+    for setting in tqdm(settings, unit="setting", disable=None):
+        start = time.perf_counter()
+        candidate = fit(setting, train, data)
+        seconds = time.perf_counter() - start
+        accuracy = sum(candidate(sentence) == label for sentence, label in valid) / len(valid)
+        if accuracy > best["valid_accuracy"]:
+            best = {"setting": setting, "valid_accuracy": accuracy, "train_seconds": seconds}
+            predict = candidate
+    correct, times = 0, []
+    for sentence, label in test:
+        start = time.perf_counter()
+        answer = predict(sentence)
+        times.append(1000 * (time.perf_counter() - start))
+        correct += answer == label
+    return {**best, "accuracy": correct / len(test), "correct": correct, "examples": len(test),
+            "settings_tried": len(settings), "ms": statistics.mean(times[1:] or times)}
+
+

@@ -1,0 +1,441 @@
+"""Measure the toolkit: speed, memory and accuracy, as tables and a picture.
+
+Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
+Writes  RESULTS/speed.json, vectors.json, memory.json, accuracy.json and accuracy.png; Markdown tables on standard
+        output.
+
+    python benchmark.py                     speed, vectors and memory: minutes, on an otherwise idle machine
+    python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
+                                            was stopped
+    python benchmark.py table               print again what RESULTS holds
+
+Figures of speed are ratios of two things measured in one run; what is absolute stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
+from arguments import Parser, add_config_flag, add_data_dir_flag, did_you_mean, natural_int
+from report import GLOVE_WORDS, accuracy_table, draw_accuracy, figures_table, provenance
+from text import InputError, fail_cleanly
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    rounds: int = 3
+    warm_up_steps: int = 5
+    bucketed_steps: int = 0  # 0: an epoch
+    padded_steps: int = 30  # all alike, so that fewer will do
+    tables: tuple[int, int] = (GLOVE_WORDS, 20_000)
+    words: int = GLOVE_WORDS
+    dimension: int = 300
+    lines: tuple[int, int] = (1_000_000, 5_000_000)
+    vocabulary: int = 20_000
+    train_flags: str = ""  # for the models of the accuracy table
+    settings: int = 1000  # at most, that a baseline tries
+
+
+SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
+              lines=(300, 1500), vocabulary=100, train_flags="--epoch=1 --max_train_steps=3", settings=2)
+
+
+def get_params(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("verbs", nargs="*", type=verb, default=list(MEASURES), metavar="VERB",
+                        help=f"{', '.join(VERBS)} (default: {' '.join(MEASURES)})")
+    files = parser.add_argument_group("files")
+    files.add_argument("--embedding_path", default="embeddings/glove.6B.300d.txt",
+                       help="word vectors, or none (default: %(default)s)")
+    files.add_argument("--results", default="results", help="folder of the JSON files (default: %(default)s)")
+    files.add_argument("--scratch", default=".bench", help="folder to work in, about 3 GB (default: %(default)s)")
+    speed = parser.add_argument_group("speed")
+    add_config_flag(speed, CONFIGS["cnn"])
+    add_data_dir_flag(speed)
+    accuracy = parser.add_argument_group("accuracy")
+    accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
+                          help="folders, by path or by their name under data/ (default: snips sst2)")
+    accuracy.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS), metavar="MODEL",
+                          help=f"(default: {' '.join(CONFIGS)})")
+    accuracy.add_argument("--seeds", nargs="+", type=natural_int,
+                          help="(default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
+    accuracy.add_argument("--force", action="store_true", help="run again what is finished")
+    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for the tests
+    args = parser.parse_args(argv)
+    args.sizes = SMALL if args.small else Sizes()
+    words = ["benchmark.py", *(sys.argv[1:] if argv is None else argv)]
+    args.command = " ".join(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", word) for word in words)  # no paths of this machine
+    return args
+
+
+def verb(name: str) -> str:
+    """A verb, checked."""
+    if name not in VERBS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(VERBS)}{did_you_mean(name, VERBS)}")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- what measures need
+
+
+# A process's peak memory counts that of the process which started it, here perhaps one that holds torch and a model.
+# So a small one stands between.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak, "output": done.stdout}))
+sys.exit(done.returncode)
+"""
+
+
+def launch(*command: str) -> tuple[float, float, str]:
+    """Run Python with `command`. Returns its seconds, its peak resident memory in MB, and its standard output."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
+    result = json.loads(done.stdout)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return result["seconds"], result["peak"] * unit / 1e6, result["output"]
+
+
+def interleave(sides: dict[str, Callable[[], float]], rounds: int, warm_up: bool) -> dict[str, list[float]]:
+    """Measure all sides in turn, round after round, so that a slow minute of the machine meets all of them.
+
+    Args:
+        warm_up: do one more round first, which does not count.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    with tqdm(total=(rounds + warm_up) * len(sides), unit="run", disable=None) as bar:
+        for number in range(rounds + warm_up):
+            for name, measure in sides.items():
+                bar.set_description(name)
+                value = measure()
+                bar.update()
+                if number or not warm_up:
+                    measured[name].append(value)
+    return measured
+
+
+def figure(measured: str, ratio: float, aim: str, beside: str) -> dict[str, Any]:
+    """A row of a table of ratios. `aim` is "", ">= X" or "<= X"."""
+    met = None
+    if aim:
+        sign, limit = aim.split()
+        met = ratio >= float(limit) if sign == ">=" else ratio <= float(limit)
+    return {"measured": measured, "ratio": ratio, "aim": aim, "met": met, "beside": beside}
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Training: bucketed batches and reduced precision against fp32 padded to n_ctx; a large table against a small."""
+    import torch
+
+    from dataset import EncodedData, load_table
+    from util import choose_device, choose_precision
+
+    sizes: Sizes = args.sizes
+    source, vectors = Path(args.data_dir), args.embedding_path
+    notes = []
+    if not (source / SPLITS[0]).is_file():
+        notes.append(f"{source} is not here: measured on data/sample")
+        source = ROOT / "data/sample"
+    if vectors != "none" and not Path(vectors).is_file():
+        notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
+        vectors = "none"
+    encode(source, folder / "data", args.config, vectors)
+    # One step of train.py resolves the flags and the config's recipe.
+    run_stage("train.py", f"--config={args.config}", f"--data_dir={folder / 'data'}", "--embedding_trainable",
+              "--max_train_steps=1", f"--save_path={folder / 'model.pt'}", f"--log_dir={folder / 'runs'}",
+              f"--log_path={folder / 'train.log'}")
+    resolved = json.loads((folder / "model.pt.train.json").read_text())
+    flags, config = resolved["flags"], resolved["config"]
+    device = choose_device(flags["device"])
+    precision = choose_precision("auto", device)
+    data = EncodedData(folder / "data" / "train.txt.ids")
+    seen, lengths = data.facts["seen_rows"], data.lengths
+    n_ctx = config["n_ctx"]
+    notes += [f"data set {source.name}: {len(data):,} sentences of {lengths.mean():.1f} words, n_ctx {n_ctx}, batches "
+              f"of {flags['batch_size']}", f"config {Path(args.config).name}, {seen:,} trained word vectors",
+              f"precision auto: {precision}"]
+
+    def rate(table: torch.Tensor, precision: str, padded: bool = False) -> float:
+        return training_rate(config, flags, folder / "data", table, precision, n_ctx if padded else 0, sizes)
+
+    table = load_table(folder / "data" / "embedding.npy", data.facts["table"])
+    base = "fp32, padded to n_ctx"
+    sides = {base: lambda: rate(table, "no", padded=True), "fp32, bucketed": lambda: rate(table, "no")}
+    if precision != "no":
+        sides[f"{precision}, bucketed"] = lambda: rate(table, precision)
+    rates = interleave(sides, sizes.rounds, warm_up=True)
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    figures = [
+        figure(f"training, {name} : {base}", middle[name] / middle[base], ">= 6" if name.startswith("fp32") else ">= 8",
+               f"{middle[name]:,.0f} : {middle[base]:,.0f} sentences a second")
+        for name in middle if name != base
+    ]
+
+    large, small = (max(words, seen) for words in sizes.tables)
+    rows = torch.randn(large, table.shape[1])
+    tables = interleave({"large": lambda: rate(rows, precision), "small": lambda: rate(rows[:small], precision)},
+                        sizes.rounds, warm_up=True)
+    middle = {name: statistics.median(values) for name, values in tables.items()}
+    figures.append(figure(f"training, table of {large:,} words : of {small:,}", middle["large"] / middle["small"],
+                          ">= 0.9", f"{middle['large']:,.0f} : {middle['small']:,.0f} sentences a second"))
+    return {"notes": notes, "figures": figures, "device": device.type,
+            "sentences_a_second": {**rates, f"table of {large}": tables["large"], f"table of {small}": tables["small"]}}
+
+
+def training_rate(config: dict[str, Any], flags: dict[str, Any], folder: Path, table: Any, precision: str, pad_to: int,
+                  sizes: Sizes) -> float:
+    """Sentences a second of the Trainer's own epoch, without evaluation and files, for a fresh model.
+
+    Args:
+        flags: as train.py resolved them.
+        pad_to: pad all batches to so many positions; 0: each to its longest sentence.
+    """
+    import torch.nn.functional as F
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from dataset import Batch, EncodedData
+    from model import build_model
+    from trainer import Trainer
+    from util import choose_device, set_seed
+
+    class PaddedData(EncodedData):
+        def __getitems__(self, indices: Any) -> Batch:
+            batch = super().__getitems__(indices)
+            missing = max(0, pad_to - batch.input_ids.shape[1])
+            return Batch(F.pad(batch.input_ids, (0, missing)), F.pad(batch.attention_mask, (0, missing)), batch.targets)
+
+    class TimedTrainer(Trainer):
+        sentences = 0
+
+        def evaluate_and_save(self, bar: Any, end_of_epoch: bool = False) -> None:
+            self.sentences += self.loss_count
+            self.loss_sum, self.loss_count = 0.0, 0
+
+    device = choose_device(flags["device"])
+    train = PaddedData(folder / "train.txt.ids")
+    set_seed(flags["seed"])
+    model = build_model(config, len(train.labels), table, train.facts["seen_rows"], flags["word_dropout"],
+                        flags["embedding_dropout"])
+    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
+    try:
+        trainer = TimedTrainer(model, train, train, argparse.Namespace(**flags), {},
+                               Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
+        with tqdm(unit="step", leave=False, disable=None) as bar:
+            trainer.total_steps = sizes.warm_up_steps
+            trainer.train_epoch(bar)
+            trainer.sentences = 0
+            steps = sizes.padded_steps if pad_to else sizes.bucketed_steps
+            trainer.total_steps = trainer.step + (steps or len(trainer.sampler))
+            start = time.perf_counter()
+            trainer.train_epoch(bar)
+            return trainer.sentences / (time.perf_counter() - start)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- vectors
+
+
+def measure_vectors(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Reading a vector file, the first time and from its cache, against numpy line by line, each in a new process."""
+    path = folder / "vectors.txt"
+    generate_vectors(path, args.sizes.words, args.sizes.dimension)
+    cache = path.with_name(f"{path.name}.cache")
+    peaks: list[float] = []
+
+    def read(how: str) -> float:
+        if how == "first":
+            cache.unlink(missing_ok=True)
+        call = f"import benchmark; print(benchmark.reading_seconds({str(path)!r}, {how == 'numpy'}))"
+        _, peak, output = launch("-c", call)
+        if how == "first":
+            peaks.append(peak)
+        return float(output)
+
+    seconds = interleave({how: partial(read, how) for how in ("numpy", "first", "second")}, args.sizes.rounds,
+                         warm_up=False)
+    numpy, first, second = (statistics.median(seconds[how]) for how in ("numpy", "first", "second"))
+    megabytes = path.stat().st_size / 1e6
+    return {
+        "notes": [f"{args.sizes.words:,} x {args.sizes.dimension} vectors, {megabytes:,.0f} MB of text; numpy: "
+                  "np.array(line.split()[1:], dtype=np.float32) on all lines"],
+        "figures": [
+            figure("reading vectors, numpy line by line : first reading", numpy / first, ">= 8",
+                   f"{numpy:.2f} : {first:.2f} s"),
+            figure("reading vectors, numpy line by line : second reading", numpy / second, ">= 50",
+                   f"{numpy:.2f} : {second:.3f} s"),
+            figure("reading vectors, first : second reading", first / second, "", f"{first:.2f} : {second:.3f} s"),
+            figure("peak memory of the first reading : 1,500 MB", max(peaks) / 1500, "<= 1", f"{max(peaks):,.0f} MB"),
+        ],
+        "seconds": seconds, "peak_mb": peaks, "file_mb": megabytes,
+    }
+
+
+def generate_vectors(path: Path, words: int, dimension: int) -> None:
+    """Write vectors as GloVe 6B prints them. Half rows, formatted once, are combined."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    halves = [" ".join(f"{x:.5g}" for x in row) for row in random.normal(0, 0.4, (4000, dimension // 2))]
+    picks = random.integers(0, len(halves), (words, 2)).tolist()
+    with open(path, "w", encoding="utf-8") as file:
+        for number, (left, right) in enumerate(tqdm(picks, "making vectors", unit="word", disable=None)):
+            file.write(f"word{number} {halves[left]} {halves[right]}\n")
+
+
+def reading_seconds(path: str, by_numpy: bool) -> float:
+    """Read a vector file and return the seconds that it took."""
+    import numpy as np
+
+    from vectors import read_vectors
+
+    start = time.perf_counter()
+    if by_numpy:
+        words, rows = [], []
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                words.append(line.split(" ", 1)[0])
+                rows.append(np.array(line.split()[1:], dtype=np.float32))
+    else:
+        read_vectors(path)
+    return time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """preprocess.py on a corpus and on a larger one of the same vocabulary: peak memory and lines a second."""
+    peaks, rates = [], []
+    for lines in args.sizes.lines:
+        data = folder / str(lines)
+        data.mkdir()
+        for name, count in zip(SPLITS, (lines, 1000, 1000), strict=True):
+            generate_corpus(data / name, count, args.sizes.vocabulary)
+        seconds, peak, _ = launch(str(ROOT / "preprocess.py"), f"--config={args.config}", f"--data_dir={data}",
+                                  "--embedding_path=none")
+        peaks.append(peak)
+        rates.append(lines / seconds)
+        shutil.rmtree(data)
+    small, large = args.sizes.lines
+    return {
+        "notes": [f"generated corpora, {args.sizes.vocabulary:,} words by Zipf's law, --embedding_path none"],
+        "figures": [
+            figure(f"preprocess.py, peak memory, {large:,} : {small:,} lines", peaks[1] / peaks[0], "<= 1.1",
+                   f"{peaks[1]:,.0f} : {peaks[0]:,.0f} MB"),
+            figure(f"preprocess.py, lines a second, {large:,} : {small:,} lines", rates[1] / rates[0], "",
+                   f"{rates[1]:,.0f} : {rates[0]:,.0f}"),
+        ],
+        "lines": args.sizes.lines, "peak_mb": peaks, "lines_a_second": rates,
+    }
+
+
+def generate_corpus(path: Path, lines: int, vocabulary: int) -> None:
+    """Write sentences of 3 to 15 words by Zipf's law; the label follows from the first word."""
+    import numpy as np
+
+    random = np.random.default_rng(lines)
+    words = [f"word{number}" for number in range(vocabulary)]
+    weights = 1 / np.arange(1, vocabulary + 1)
+    steps = np.cumsum(weights / weights.sum())
+    with (open(path, "w", encoding="utf-8") as file,
+          tqdm(total=lines, desc=f"making {path.name}", unit="line", unit_scale=True, disable=None) as bar):
+        for start in range(0, lines, 100_000):
+            lengths = random.integers(3, 16, min(100_000, lines - start)).tolist()
+            ids = np.minimum(np.searchsorted(steps, random.random(sum(lengths))), vocabulary - 1).tolist()
+            end = 0
+            for length in lengths:
+                row = ids[end : end + length]
+                end += length
+                file.write(f"{' '.join([words[i] for i in row])}\tlabel{row[0] % 7}\n")
+            bar.update(len(lengths))
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory,
+}
+VERBS = (*MEASURES, "accuracy", "table")
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def show(args: argparse.Namespace, verbs: list[str]) -> None:
+    """Print the tables of what RESULTS holds of `verbs`, and draw the picture."""
+    folder = Path(args.results)
+    found = [verb for verb in verbs if (folder / f"{verb}.json").exists()]
+    if not found:
+        raise InputError(f"{folder}: holds no results yet; run python benchmark.py first.")
+    for name in found:
+        path = folder / f"{name}.json"
+        if name == "accuracy":
+            rows = newest_rows(path)
+            print(accuracy_table(rows))
+            draw_accuracy(rows, path.with_suffix(".png"))
+        else:
+            print(figures_table(json.loads(path.read_text(encoding="utf-8"))))
+
+
+@contextlib.contextmanager
+def scratch(args: argparse.Namespace, name: str) -> Iterator[Path]:
+    """A folder for the time of one measurement."""
+    Path(args.scratch).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix=f"{name}-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@fail_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write, print."""
+    args = get_params(argv)
+    logging.basicConfig(level=logging.INFO)
+    for name in args.verbs:
+        if name == "table":
+            show(args, [verb for verb in VERBS if verb != "table"])
+            continue
+        with scratch(args, name) as folder:
+            if name == "accuracy":
+                plan = Plan(Path(args.results), args.command, args.data_sets, args.models, args.seeds,
+                            args.embedding_path, args.force, args.sizes.train_flags, args.sizes.settings)
+                measure_accuracy(plan, folder)
+            else:
+                from util import write_json
+
+                result = {"benchmark": name, **provenance(args.command), **MEASURES[name](args, folder)}
+                write_json(result, Path(args.results) / f"{name}.json")
+        show(args, [name])
+
+
+if __name__ == "__main__":
+    main()

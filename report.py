@@ -1,0 +1,127 @@
+"""Results of benchmark.py: where they come from, accuracy.json's rows, Markdown tables and a picture."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from text import atomic_write
+
+GLOVE_WORDS = 400_000  # in GloVe 6B
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """Where a result comes from."""
+    from util import git_revision, versions
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"git_revision": git_revision(), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
+            "versions": versions(), "cores": cores}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figures_table(result: dict[str, Any]) -> str:
+    """The ratios of one measurement, and under them what was measured."""
+    says = {True: "yes", False: "no", None: ""}
+    rows = [[row["measured"], f"{row['ratio']:.3g}", row["aim"], says[row["met"]], row["beside"]]
+            for row in result["figures"]]
+    table = markdown(["measured", "ratio", "aim", "met", "absolute"], rows)
+    notes = "; ".join([*result["notes"], f"{result['cores']} cores", f"revision {result['git_revision']}"])
+    return f"{table}\n\n{notes}\n"
+
+
+def by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by model and data set."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["data_set"]), []).append(row)
+    return cells
+
+
+def accuracy_table(rows: list[dict[str, Any]]) -> str:
+    """Accuracy, training seconds and milliseconds a sentence of each model on each data set.
+
+    Args:
+        rows: of one recipe for each model and data set, in the order of the table.
+    """
+    cells = by_cell(rows)
+    data_sets = list(dict.fromkeys(row["data_set"] for row in rows))
+    base = {row["data_set"]: row["ms"] for row in reversed(rows) if "setting" in row}  # of the first baseline
+    table = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        line = [model]
+        for data_set in data_sets:
+            found = cells.get((model, data_set))
+            if not found:
+                line += ["", "", ""]
+                continue
+            accuracy, seconds, ms = (statistics.mean(row[key] for row in found)
+                                     for key in ("accuracy", "train_seconds", "ms"))
+            each = ", ".join(f"{100 * row['accuracy']:.2f}" for row in found)
+            times = f" ({ms / base[data_set]:.2g} x)" if data_set in base else ""
+            line += [f"{100 * accuracy:.2f}" + (f" ({each})" if len(found) > 1 else ""), f"{seconds:.1f}",
+                     f"{ms:.3f}{times}"]
+        table.append(line)
+    head = ["", *(f"{name}: {what}" for name in data_sets for what in ("accuracy %", "training s", "ms a sentence"))]
+    return f"{markdown(head, table)}\n\n{caption(rows)}\n"
+
+
+def caption(rows: list[dict[str, Any]]) -> str:
+    """What a reader of the accuracy table has to know."""
+    said = ["Accuracy on test.txt, mean of the seeds (each in brackets); models and the baselines' settings were "
+            "chosen on valid.txt alone. Milliseconds are for raw text, one sentence at a time, in brackets as a "
+            f"multiple of TF-IDF's; {rows[0]['cores']} cores."]
+    for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"]) for row in rows
+                               if "embedding" in row}):
+        if name == "none":
+            said.append("No pretrained word vectors.")
+        elif words < 100_000:
+            said.append(f"The word vectors, {name}, are a subset of {words:,} words; the whole GloVe 6B has "
+                        f"{GLOVE_WORDS:,}.")
+        else:
+            said.append(f"Word vectors: {name}, {words:,} words.")
+    said.append(f"Revisions: {', '.join(sorted({row['git_revision'] for row in rows}))}.")
+    return " ".join(said)
+
+
+def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel a data set: a dot for each model and seed, a line for each baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = by_cell(rows)
+    data_sets = list(dict.fromkeys(row["data_set"] for row in rows))
+    models, baselines = (list(dict.fromkeys(row["model"] for row in rows if ("setting" in row) == baseline))
+                         for baseline in (False, True))
+    picture, panels = plt.subplots(1, len(data_sets), figsize=(1.5 + 4.5 * len(data_sets), 3.6), squeeze=False,
+                                   layout="constrained", sharey=True)
+    for axes, data_set in zip(panels[0], data_sets, strict=True):
+        for place, model in enumerate(models):
+            found = cells.get((model, data_set), [])
+            for number, row in enumerate(found):  # side by side, so that equal ones show
+                axes.plot(100 * row["accuracy"], place + 0.12 * (number - (len(found) - 1) / 2), "o", color="tab:blue",
+                          alpha=0.8)
+        for model, style in zip(baselines, ("--", ":"), strict=False):
+            for row in cells.get((model, data_set), []):
+                axes.axvline(100 * row["accuracy"], linestyle=style, color="tab:red", label=model)
+        axes.set(title=data_set, xlabel="accuracy on test, %", yticks=range(len(models)), yticklabels=models,
+                 ylim=(len(models) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    if handles:
+        picture.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    with atomic_write(path, "wb") as file:
+        picture.savefig(file, format="png", dpi=120)
+    plt.close(picture)
+
+

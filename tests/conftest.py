@@ -1,0 +1,135 @@
+"""Fixtures: each test runs in a folder of its own; tiny data, encoded data and a trained model are made once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, make_data, make_vectors, write_config
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, database=None, derandomize=True, print_blob=False,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in tmp_path, so that runs/ and train.log land there, and with no accelerate state of another test."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@dataclass
+class Place:
+    """A folder with `data`, word vectors, a config, and where a test wants them, encoded data and a model."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """The data folder."""
+        return self.root / "data"
+
+    @property
+    def vectors(self) -> Path:
+        """The word vectors' file."""
+        return self.root / "vectors.txt"
+
+    @property
+    def config(self) -> Path:
+        """The config's file."""
+        return self.root / "config.json"
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint's file."""
+        return self.root / "model.pt"
+
+    def preprocess_flags(self, *more: Any) -> list[str]:
+        """Flags for preprocess.py."""
+        return [f"--config={self.config}", f"--data_dir={self.data}", f"--embedding_path={self.vectors}",
+                *map(str, more)]
+
+    def train_flags(self, *more: Any) -> list[str]:
+        """Flags for train.py: quick, on the CPU and in fp32."""
+        return [f"--config={self.config}", f"--data_dir={self.data}", f"--save_path={self.model}", "--device=cpu",
+                "--mixed_precision=no", "--batch_size=8", "--lr=1e-2", "--epoch=2", f"--log_dir={self.root / 'runs'}",
+                f"--log_path={self.root / 'train.log'}", *map(str, more)]
+
+    def evaluate_flags(self, *more: Any) -> list[str]:
+        """Flags for evaluate.py."""
+        return [f"--data_dir={self.data}", f"--model_path={self.model}", "--device=cpu", *map(str, more)]
+
+    def copy(self, target: Path) -> Place:
+        """The same in another folder."""
+        shutil.copytree(self.root, target)
+        return Place(target)
+
+
+@pytest.fixture(scope="session")
+def raw_once(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Raw text, vectors and a CNN's config. Not to be changed."""
+    place = Place(tmp_path_factory.mktemp("raw"))
+    make_data(place.data)
+    make_vectors(place.vectors)
+    write_config(place.config)
+    return place
+
+
+@pytest.fixture(scope="session")
+def encoded_once(raw_once: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The same with the encoded data. Not to be changed."""
+    import preprocess
+
+    place = raw_once.copy(tmp_path_factory.mktemp("encoded") / "place")
+    preprocess.main(place.preprocess_flags())
+    return place
+
+
+@pytest.fixture(scope="session")
+def trained_once(encoded_once: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The same with a trained CNN. Not to be changed."""
+    import train
+
+    place = encoded_once.copy(tmp_path_factory.mktemp("trained") / "place")
+    train.main(place.train_flags("--epoch=6"))
+    return place
+
+
+@pytest.fixture
+def raw(raw_once: Place, tmp_path: Path) -> Place:
+    """Raw text of the test's own."""
+    return raw_once.copy(tmp_path / "place")
+
+
+@pytest.fixture
+def encoded(encoded_once: Place, tmp_path: Path) -> Place:
+    """Encoded data of the test's own."""
+    return encoded_once.copy(tmp_path / "place")
+
+
+@pytest.fixture
+def trained(trained_once: Place, tmp_path: Path) -> Place:
+    """A trained model of the test's own."""
+    return trained_once.copy(tmp_path / "place")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The real data sets and vectors beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"the real data sets are not at {folder}")
+    return folder

@@ -1,0 +1,146 @@
+"""What several test files share: tiny data, tiny configs, and stages run as a user runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENCODERS = ("gnb", "cnn", "densenet-cnn", "densenet-dsa")
+DIM = 8  # of the tiny word vectors
+
+INTENTS = {
+    "PlayMusic": ("play {} by {}", "put on some {}", "I want to hear {} now please"),
+    "GetWeather": ("will it rain in {}", "weather in {} on {}", "how cold is it in {} this {} night"),
+    "book a table": ("book a table at {} for {}", "reserve {}", "a table for two near {} on {} , please"),
+    "none of these": ("tell me about {}", "{}", "who is {} 's neighbour and why does nobody know {} here"),
+}
+FILLERS = ("jazz", "Paris", "tokyo", "rock", "monday", "queen", "l'été", "naïve", "7", "Mozart", "seven", "東京", "blue")
+COVERED = ("play", "on", "in", "will", "rain", "weather", "book", "reserve", "tell", "who", "is", "jazz", "Paris", "seven",
+           "monday", "rock", "a", "for", "the", "of", "and", "cat", "Dog", "new york")  # the last five stand in no sentence
+
+
+def make_config(encoder: str = "cnn", /, **changes: Any) -> dict[str, Any]:
+    """A tiny config of an encoder."""
+    densenet = {"densenet_first_num_filters": 6, "densenet_num_filters": 4, "densenet_last_num_filters": 7}
+    cnn = {"num_filters": 5, "kernel_sizes": [2, 3, 4, 5, 6]}
+    more = {
+        "gnb": {},
+        "cnn": {**cnn, "fc_hidden_size": 9},
+        "densenet-cnn": {**densenet, **cnn, "densenet_kernels": [[1, 1], [3, 5], [3, 9]]},
+        "densenet-dsa": {**densenet, "densenet_kernels": [[1, 1], [3, 5], [3, 9]], "dsa_num_attentions": 3,
+                         "dsa_dim": 5, "dsa_r": 2, "fc_hidden_size": 9},
+    }[encoder]
+    return {"emb_class": "glove", "enc_class": encoder, "n_ctx": 100, "lowercase": True, "token_emb_dim": DIM,
+            "pad_token": "<pad>", "pad_token_id": 0, "unk_token": "<unk>", "unk_token_id": 1, "dropout": 0.2,
+            **more, **changes}
+
+
+def write_config(path: Path, encoder: str = "cnn", /, **changes: Any) -> Path:
+    """Write a tiny config and return its path."""
+    path.write_text(json.dumps(make_config(encoder, **changes)), encoding="utf-8")
+    return path
+
+
+def make_lines(count: int, seed: int) -> list[tuple[str, str]]:
+    """Sentences with their intents, each intent in turn."""
+    draw = random.Random(seed)
+    names = list(INTENTS)
+    made = []
+    for number in range(count):
+        label = names[number % len(names)]
+        template = draw.choice(INTENTS[label])
+        made.append((template.format(*draw.choices(FILLERS, k=2)), label))
+    return made
+
+
+def make_data(folder: Path, sizes: tuple[int, int, int] = (46, 16, 21)) -> Path:
+    """Write train.txt, valid.txt and test.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (name, size) in enumerate(zip(("train.txt", "valid.txt", "test.txt"), sizes, strict=True)):
+        write_lines(folder / name, make_lines(size, seed))
+    return folder
+
+
+def write_lines(path: Path, lines: list[tuple[str, str]]) -> None:
+    """Write sentence TAB label lines."""
+    path.write_text("".join(f"{sentence}\t{label}\n" for sentence, label in lines), encoding="utf-8")
+
+
+def make_vectors(path: Path) -> Path:
+    """Write a tiny vector file in GloVe's layout."""
+    numbers = np.random.default_rng(5).normal(size=(len(COVERED), DIM)).round(4)
+    path.write_text("".join(f"{word} {' '.join(map(str, row))}\n"
+                            for word, row in zip(COVERED, numbers.tolist(), strict=True)), encoding="utf-8")
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every name in a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def restore(folder: Path, files: dict[str, bytes | None]) -> None:
+    """Make the files of a flat folder what they were."""
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
+    for name, content in files.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+
+def refusal(main: Callable[..., None], *argv: Any) -> str:
+    """Run a stage that must end with exit status 2 and one sentence, and return the sentence."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        main([str(flag) for flag in argv])
+    assert end.value.code == 2
+    errors = [line for line in said.getvalue().split("\n") if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said.getvalue(), said.getvalue()
+    return errors[0].removeprefix("error: ")
+
+
+def answer(main: Callable[..., None], *argv: Any) -> str | None:
+    """Run a stage that may refuse its input: the sentence, or None where it went well."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            main([str(flag) for flag in argv])
+    except SystemExit:
+        pass
+    else:
+        return None
+    return refusal(main, *argv)
+
+
+def script(name: str, *argv: Any, **options: Any) -> subprocess.Popen[str]:
+    """Start a stage in a process of its own, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, str(ROOT / name), *map(str, argv)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def weights(path: str | Path) -> dict[str, Any]:
+    """The tensors of a checkpoint."""
+    from util import load_checkpoint
+
+    return load_checkpoint(path)["model"]
+
+
+def same_weights(one: str | Path, other: str | Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    import torch
+
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
