@@ -202,8 +202,8 @@ def _parse_block(path: Path, number: int, block: bytes, dimension: int) -> tuple
     import pyarrow as pa
 
     if any(blank in block for blank in (b"\r", b"\t", b"\v", b"\f")):
-        block = block.replace(b"\r\n", b"\n").translate(BLANKS)
-    if block[:block.find(b"\n")].endswith(b" "):  # fastText ends all its lines so
+        block = block.translate(BLANKS)
+    if block[:block.find(b"\n")].endswith(b" "):  # so fastText ends its lines, and so CRLF has become
         block = block.replace(b" \n", b"\n")
     if not block.endswith(b"\n"):
         block += b"\n"

@@ -56,6 +56,20 @@ def test_every_layout_reads_alike(tmp_path: Path, content: bytes) -> None:
     assert (result.repeated, result.undecodable) == (0, 0)
 
 
+@pytest.mark.parametrize("end", [b"\n", b" \n", b"\r\n"])
+@pytest.mark.parametrize("blank", [b" ", b"\t"])
+def test_usual_lines_take_the_fast_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank: bytes,
+                                       end: bytes) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("parsed by hand")
+
+    monkeypatch.setattr(vectors, "_parse_line", refuse)
+    content = b"the 0.1 -0.2\nof 3e-05 1\n".replace(b" ", blank).replace(b"\n", end)
+    assert read(tmp_path, content).words == ["the", "of"]
+    with pytest.raises(AssertionError, match="by hand"):
+        read(tmp_path, content + b"a b 1 2\n")
+
+
 def test_words_with_blanks_numbers_and_line_separators(tmp_path: Path) -> None:
     words = [". . .", "at name@domain.com", "2", "3.5", "nan", "\x85", "a\u2028b", "\ufeff", '"', "a\xa0b", "#", "\x00"]
     for order in (words, words[::-1]):
@@ -273,7 +287,9 @@ def test_a_damaged_or_foreign_cache_is_made_again(tmp_path: Path) -> None:
         status = os.stat(path)
         writer.metadata |= {"format": vectors.CACHE_FORMAT, "source_size": str(status.st_size),
                             "source_time": str(status.st_mtime_ns), "repeated": "0", "undecodable": "0"}
-    assert read_vectors(path).words == expected.words
+        writer.append("words", np.frombuffer(b"the\nof\n", np.uint8))
+        writer.append("table", np.ones(2, "f4"))
+    assert read_vectors(path).table.tolist() == expected.table.tolist()
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(
