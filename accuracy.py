@@ -211,6 +211,8 @@ def train_and_test(data: Path, config: str, flags: list[str], seed: int) -> dict
         run_stage("evaluate.py", *common, f"--model_path={model}", "--enable_inference")
         raw = json.loads(Path(f"{model}.test.json").read_text())
         trained = json.loads(Path(f"{model}.train.json").read_text())
+    if raw["correct"] != test["correct"]:
+        logger.warning("[%d right on encoded data, %d on raw text]", test["correct"], raw["correct"])
     best = trained["best"]
     return {"accuracy": test["accuracy"], "correct": test["correct"], "examples": test["examples"],
             "macro_f1": test["macro_f1"], "raw_accuracy": raw["accuracy"], "valid_accuracy": best["valid_accuracy"],
@@ -236,7 +238,11 @@ def fit_svm(setting: dict[str, Any], train: Examples, folder: Path) -> Callable[
 
 
 def fit_fasttext(setting: dict[str, Any], train: Examples, folder: Path) -> Callable[[str], str]:
-    """fastText with pairs of words, on one thread: with more it is not repeatable."""
+    """fastText with pairs of words, on one thread: with more it is not repeatable.
+
+    With one thread it leaves most of the buckets' vectors as the memory comes, so that these must be larger than what
+    the C library hands out again: 500,000 buckets of 50 numbers are always fresh, and zero.
+    """
     try:
         import fasttext
     except ImportError:
@@ -270,7 +276,11 @@ def tune(fit: Fit, settings: list[dict[str, Any]], data: Path) -> dict[str, Any]
     predict: Callable[[str], str] = str
     for setting in tqdm(settings, unit="setting", disable=None):
         start = time.perf_counter()
-        candidate = fit(setting, train, data)
+        try:
+            candidate = fit(setting, train, data)
+        except RuntimeError as error:  # fastText diverges at too high a learning rate
+            logger.warning("[%s: %s]", setting, error)
+            continue
         seconds = time.perf_counter() - start
         accuracy = sum(candidate(sentence) == label for sentence, label in valid) / len(valid)
         if accuracy > best["valid_accuracy"]:

@@ -64,7 +64,7 @@ SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, table
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = Parser(__doc__)
-    parser.add_argument("verbs", nargs="*", type=verb, default=list(MEASURES), metavar="VERB",
+    parser.add_argument("verbs", nargs="*", default=list(MEASURES), metavar="VERB",
                         help=f"{', '.join(VERBS)} (default: {' '.join(MEASURES)})")
     files = parser.add_argument_group("files")
     files.add_argument("--embedding_path", default="embeddings/glove.6B.300d.txt",
@@ -84,17 +84,13 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     accuracy.add_argument("--force", action="store_true", help="run again what is finished")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for the tests
     args = parser.parse_args(argv)
+    for verb in args.verbs:
+        if verb not in VERBS:
+            parser.error(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
     args.sizes = SMALL if args.small else Sizes()
     words = ["benchmark.py", *(sys.argv[1:] if argv is None else argv)]
     args.command = " ".join(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", word) for word in words)  # no paths of this machine
     return args
-
-
-def verb(name: str) -> str:
-    """A verb, checked."""
-    if name not in VERBS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(VERBS)}{did_you_mean(name, VERBS)}")
-    return name
 
 
 # ---------------------------------------------------------------------------------------------- what measures need
@@ -161,14 +157,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from util import choose_device, choose_precision
 
     sizes: Sizes = args.sizes
-    source, vectors = Path(args.data_dir), args.embedding_path
-    notes = []
-    if not (source / SPLITS[0]).is_file():
-        notes.append(f"{source} is not here: measured on data/sample")
-        source = ROOT / "data/sample"
-    if vectors != "none" and not Path(vectors).is_file():
-        notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
-        vectors = "none"
+    source, vectors, notes = available(args)
     encode(source, folder / "data", args.config, vectors)
     # One step of train.py resolves the flags and the config's recipe.
     run_stage("train.py", f"--config={args.config}", f"--data_dir={folder / 'data'}", "--embedding_trainable",
@@ -212,6 +201,19 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "sentences_a_second": {**rates, f"table of {large}": tables["large"], f"table of {small}": tables["small"]}}
 
 
+def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
+    """The data set and the vectors to measure with, and what stands in the place of what is not here."""
+    source, vectors = Path(args.data_dir), args.embedding_path
+    notes = []
+    if not (source / SPLITS[0]).is_file():
+        notes.append(f"{source.name} is not here: measured on data/sample")
+        source = ROOT / "data/sample"
+    if vectors != "none" and not Path(vectors).is_file():
+        notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
+        vectors = "none"
+    return source, vectors, notes
+
+
 def training_rate(config: dict[str, Any], flags: dict[str, Any], folder: Path, table: Any, precision: str, pad_to: int,
                   sizes: Sizes) -> float:
     """Sentences a second of the Trainer's own epoch, without evaluation and files, for a fresh model.
@@ -225,7 +227,7 @@ def training_rate(config: dict[str, Any], flags: dict[str, Any], folder: Path, t
     from accelerate.state import AcceleratorState
 
     from dataset import Batch, EncodedData
-    from model import build_model
+    from model import build_model, word_dropout_probabilities
     from trainer import Trainer
     from util import choose_device, set_seed
 
@@ -245,7 +247,9 @@ def training_rate(config: dict[str, Any], flags: dict[str, Any], folder: Path, t
     device = choose_device(flags["device"])
     train = PaddedData(folder / "train.txt.ids")
     set_seed(flags["seed"])
-    model = build_model(config, len(train.labels), table, train.facts["seen_rows"], flags["word_dropout"],
+    alpha = flags["word_dropout"]
+    word_dropout = word_dropout_probabilities(train.word_counts(), alpha) if alpha else None
+    model = build_model(config, len(train.labels), table, train.facts["seen_rows"], word_dropout,
                         flags["embedding_dropout"])
     AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
     try:

@@ -133,7 +133,7 @@ class WordEmbedding(nn.Module):
         table: [V, D] float32; may be a read-only memory map.
         num_trainable: how many rows are trained, at least 2 (<pad> and <unk>).
         word_dropout: for each word of the training data, the probability with which training reads <unk> in its place
-            (rows after the last one: never); see word_dropout_probabilities.
+            (the last entry stands for all later rows); see word_dropout_probabilities.
         dropout: on the word vectors' elements.
     """
 
@@ -168,11 +168,14 @@ def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
     From Kiperwasser and Goldberg 2016 (arXiv 1603.04351, section 4), who took alpha = 0.25.
 
     Args:
-        counts: how often each row of the table occurs in the training data, [V].
+        counts: how often each row of the table occurs in the training data, [N].
+
+    Returns:
+        The probability of each row, and 0 for all later ones, [N + 1].
     """
     probabilities = alpha / (alpha + counts.float())
     probabilities[counts == 0] = 0.0  # <pad>, and words that training does not meet
-    return probabilities
+    return F.pad(probabilities, (0, 1))
 
 
 # -------------------------------------------------------------------------------------------------------- encoders

@@ -152,14 +152,14 @@ def build_vocabulary(counts: Counter[str], file_words: list[str], lowercase: boo
 def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim: int, seed: int) -> None:
     """Write embedding.npy: [V, dim] float32, the file's rows and random ones for the words that it lacks.
 
-    Random rows are a quarter as large as the file's: what training does not reach then disturbs little. <pad> is
-    zero and <unk> the mean of the file's rows.
+    Random rows are a twentieth as large as the file's, so that a word whose vector training hardly reaches is one
+    that hardly matters. <pad> is zero and <unk> the mean of the file's rows.
     """
     random = np.random.default_rng(seed)
     scale, mean = 0.1, np.zeros(dim, dtype=np.float32)
     if table is not None and len(table):
         sample = np.asarray(table[: 1 << 15])
-        scale, mean = 0.25 * float(sample.std()), sample.mean(0)
+        scale, mean = 0.05 * float(sample.std()), sample.mean(0)
     with atomic_write(path, "wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": (len(file_rows), dim)}

@@ -86,6 +86,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                            "ALPHA / (ALPHA + N) (default: 0.0)")
     loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
                       help="dropout on word vectors (default: 0.0)")
+    loss.add_argument("--rdrop", type=number(), default=0.0, metavar="WEIGHT",
+                      help="weight of R-Drop: two passes with different dropout must agree (default: 0.0)")
     loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
                       help="evaluate and save an exponential moving average of the weights (default: 0.0, none)")
 

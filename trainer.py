@@ -311,10 +311,8 @@ class Trainer:
         examples = sum(len(batch) for batch in group)
         for batch in group:
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            with self.accelerator.autocast():
-                logits = self.model(batch.input_ids, batch.attention_mask)
             assert batch.targets is not None  # encoded data have them
-            loss = self.criterion(logits.float(), batch.targets).sum()
+            loss = self._loss(batch, batch.targets)
             self.accelerator.backward(loss / examples)
             value = loss.item()
             if not math.isfinite(value):
@@ -330,6 +328,25 @@ class Trainer:
         self.step += 1
         if self.average:
             self.average.update()
+
+    def _loss(self, batch: Batch, targets: Tensor) -> Tensor:
+        """The loss of a batch, summed over its examples.
+
+        With --rdrop, of two passes with different dropout, plus the divergence between their predictions
+        (R-Drop, Liang et al. 2021, arXiv 2106.14448, equation 4).
+        """
+        with self.accelerator.autocast():
+            logits = self.model(batch.input_ids, batch.attention_mask).float()
+        loss = self.criterion(logits, targets)
+        if self.args.rdrop:
+            with self.accelerator.autocast():
+                again = self.model(batch.input_ids, batch.attention_mask).float()
+            loss = (loss + self.criterion(again, targets)) / 2
+            p, q = logits.log_softmax(-1), again.log_softmax(-1)
+            divergence = F.kl_div(p, q, reduction="none", log_target=True) + F.kl_div(
+                q, p, reduction="none", log_target=True)
+            loss = loss + self.args.rdrop * divergence.sum(-1) / 4
+        return loss.sum()
 
     # --------------------------------------------------------------------------------------------------- evaluation
 
@@ -382,4 +399,4 @@ _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epo
 _DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
              "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
              "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
-             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "precision", "restore_path")
+             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision", "restore_path")

@@ -222,6 +222,16 @@ def test_atomic_write_leaves_what_stood_there_when_it_fails(tmp_path: Path) -> N
     assert path.read_bytes() == "first\r\né".encode() and os.listdir(path.parent) == ["file.txt"]
 
 
+def test_atomic_write_syncs_before_it_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("sync"))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("rename"), replace(*names)))
+    with atomic_write(tmp_path / "file.txt") as file:
+        file.write("x")
+    assert order == ["sync", "rename", "sync"]
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"), atomic_write(tmp_path / "file" / "below"):

@@ -1,0 +1,256 @@
+"""benchmark.py, accuracy.py and report.py, with tiny sizes: figures of speed are made, not judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Place
+from helpers import ROOT, refusal, write_config
+
+import accuracy
+import benchmark
+import report
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads(Path("results", f"{name}.json").read_text(encoding="utf-8"))
+
+
+def run(*argv: Any) -> None:
+    benchmark.main(["--small", *map(str, argv)])
+
+
+def check_figures(name: str, printed: str, count: int) -> dict[str, Any]:
+    """What every measurement leaves: provenance, ratios, a table, an empty scratch folder."""
+    found = result(name)
+    assert {"git_revision", "date", "command", "versions", "cores"} < set(found)
+    assert len(found["figures"]) == count
+    for row in found["figures"]:
+        assert row["ratio"] > 0
+        assert f"| {row['measured']} | {row['ratio']:.3g} | {row['aim']} |" in printed
+    assert not list(Path(".bench").iterdir())
+    assert str(Path.cwd()) not in json.dumps(found) + printed
+    return found
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tiny models in the place of the real ones."""
+    for name in ("gnb", "cnn"):
+        monkeypatch.setitem(accuracy.CONFIGS, name, str(write_config(tmp_path / f"{name}.json", name)))
+
+
+def test_speed(raw: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("util.bf16_is_fast", lambda device: True)
+    before = sorted(path.name for path in raw.data.iterdir())
+    run("speed", f"--config={raw.config}", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}")
+    found = check_figures("speed", capsys.readouterr().out, 3)
+    assert set(found["sentences_a_second"]) == {"fp32, padded to n_ctx", "fp32, bucketed", "bf16, bucketed",
+                                                "table of 3000", "table of 1000"}
+    assert [row["aim"] for row in found["figures"]] == [">= 6", ">= 8", ">= 0.9"]
+    assert sorted(path.name for path in raw.data.iterdir()) == before
+    assert not Path("pytorch-model.pt").exists()
+
+
+def test_speed_pads_and_trains_the_same_sentences(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padded side computes n_ctx positions for every sentence, the other its batch's longest."""
+    from dataset import EncodedData, load_table
+    from model import Classifier
+
+    data = EncodedData(encoded.data / "train.txt.ids")
+    seen: list[tuple[int, ...]] = []
+    forward = Classifier.forward
+    monkeypatch.setattr(Classifier, "forward", lambda *given: seen.append(given[1].shape) or forward(*given))
+    import train
+
+    args, config = train.get_params(encoded.train_flags())
+    table = load_table(encoded.data / "embedding.npy", data.facts["table"])
+    sizes = benchmark.Sizes(warm_up_steps=1, bucketed_steps=0, padded_steps=3)
+    for pad_to in (0, 100):
+        seen.clear()
+        assert benchmark.training_rate(config, vars(args), encoded.data, table, "no", pad_to, sizes) > 0
+        assert len(seen) == 1 + (3 if pad_to else -(-len(data) // 8))
+        lengths = {length for _, length in seen}
+        assert lengths == {100} if pad_to else max(lengths) == max(data.lengths) and len(lengths) > 1
+
+
+def test_speed_without_its_data_set_uses_the_sample(raw: Place) -> None:
+    args = benchmark.get_params(["--data_dir=data/nowhere", "--embedding_path=nothing.txt"])
+    assert benchmark.available(args) == (ROOT / "data/sample", "none", [
+        "nowhere is not here: measured on data/sample", "nothing.txt is not here: no pretrained vectors"])
+    args = benchmark.get_params([f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}"])
+    assert benchmark.available(args) == (raw.data, str(raw.vectors), [])
+
+
+def test_vectors_and_memory(raw: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run("vectors")
+    vectors = check_figures("vectors", capsys.readouterr().out, 4)
+    assert len(vectors["seconds"]["numpy"]) == 1 and 10 < vectors["peak_mb"][0] < 1000
+    run("memory", f"--config={raw.config}")
+    memory = check_figures("memory", capsys.readouterr().out, 2)
+    assert all(10 < peak < 1000 for peak in memory["peak_mb"])
+
+
+def test_generated_vectors_and_corpora_are_what_they_say(tmp_path: Path) -> None:
+    from vectors import read_vectors
+
+    benchmark.generate_vectors(tmp_path / "v.txt", 50, 6)
+    assert read_vectors(tmp_path / "v.txt", cache=False).table.shape == (50, 6)
+    benchmark.generate_corpus(tmp_path / "c.txt", 400, 30)
+    examples = list(accuracy.Lines(tmp_path / "c.txt"))
+    assert len(examples) == 400
+    assert {word for example in examples for word in example.sentence.split()} <= {f"word{n}" for n in range(30)}
+
+
+def test_launch_measures_the_child_alone() -> None:
+    held = bytearray(b"x" * 200_000_000)  # must not count
+    seconds, peak, output = benchmark.launch("-c", "print(sum(bytearray(b'x' * 50_000_000)) > 0)")
+    assert output == "True\n" and seconds > 0 and 90 < peak + len(held) * 0 < 190
+
+
+def test_accuracy_runs_the_stages_and_the_baselines(raw: Place, configs: None,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fasttext")
+    argv = ("accuracy", "--data_sets", raw.data, "--models", "gnb", "--seeds", 4, "--embedding_path", raw.vectors)
+    before = sorted(path.name for path in raw.data.iterdir())
+    run(*argv)
+    rows = result("accuracy")["rows"]
+    printed = capsys.readouterr().out
+    assert [(row["model"], row["seed"]) for row in rows] == [("gnb", 4), ("TF-IDF + linear SVM", 0), ("fastText", 0)]
+    for row in rows:
+        assert row["data_set"] == "data" and row["accuracy"] == row["correct"] / 21
+        assert row["ms"] > 0 and row["train_seconds"] > 0 and 0 <= row["valid_accuracy"] <= 1
+        assert f"| {row['model']} | {100 * row['accuracy']:.2f} | " in printed
+    assert rows[0]["embedding"] == {"file": "vectors.txt", "words": 24}
+    assert rows[0]["raw_accuracy"] == rows[0]["accuracy"]
+    assert rows[1]["settings_tried"] == 2 and rows[1]["setting"]["C"] in (0.1, 0.3, 1.0)
+    assert "subset of 24 words" in printed
+    assert Path("results/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert str(Path.cwd()) not in json.dumps(rows) + printed
+    assert sorted(path.name for path in raw.data.iterdir()) == before and not Path("pytorch-model.pt").exists()
+    run(*argv)  # all is finished
+    assert result("accuracy")["rows"] == rows
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Stages replaced by a list of what was trained."""
+    done: list[tuple[str, int]] = []
+
+    def train_and_test(data: Path, config: str, flags: list[str], seed: int) -> dict[str, Any]:
+        if len(done) == 2 and seed == 3:
+            raise KeyboardInterrupt
+        done.append((Path(config).stem, seed))
+        return {"accuracy": 0.9 + seed / 1000, "valid_accuracy": 0.9, "train_seconds": 1.0, "ms": 1.0}
+
+    def encode(source: Path, folder: Path, config: str, embedding_path: str) -> None:
+        shutil.copytree(source, folder)
+
+    monkeypatch.setattr(accuracy, "train_and_test", train_and_test)
+    monkeypatch.setattr(accuracy, "encode", encode)
+    monkeypatch.setattr(accuracy, "BASELINES", {"TF-IDF + linear SVM": accuracy.BASELINES["TF-IDF + linear SVM"]})
+    return done
+
+
+def test_accuracy_resumes(encoded: Place, configs: None, trained: list[tuple[str, int]],
+                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("accuracy", "--data_sets", encoded.data, "--models", "gnb", "cnn", "--seeds", 1, 2, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(*argv)
+    assert trained == [("gnb", 1), ("gnb", 2)] and len(result("accuracy")["rows"]) == 2
+    assert not list(Path(".bench").iterdir())
+    trained.append(("", 0))
+    run(*argv)
+    assert trained[3:] == [("gnb", 3), ("cnn", 1), ("cnn", 2), ("cnn", 3)]
+    assert "| gnb | 90.20 (90.10, 90.20, 90.30) | 1.0 | 1.000 (" in capsys.readouterr().out
+
+    del trained[3:]
+    run(*argv)
+    assert trained[3:] == []
+    run(*argv, "--force")
+    assert len(trained[3:]) == 6 and len(result("accuracy")["rows"]) == 7
+    del trained[3:]
+    monkeypatch.setattr(accuracy, "code_hash", lambda: "another")  # the old rows are replaced
+    run(*argv[:4], "gnb", "--seeds", 1)
+    assert trained[3:] == [("gnb", 1)] and len(result("accuracy")["rows"]) == 7
+
+
+def test_a_new_recipe_keeps_the_old_rows_and_shows_the_new(encoded: Place, configs: None, trained: list[Any],
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("accuracy", "--data_sets", encoded.data, "--models", "gnb")
+    run(*argv, "--seeds", 2)
+    monkeypatch.setitem(accuracy.RECIPES, ("data", "gnb"), ("--lr=0.1", [7, 8]))
+    capsys.readouterr()
+    run(*argv)
+    assert trained == [("gnb", 2), ("gnb", 7), ("gnb", 8)]
+    rows = result("accuracy")["rows"]
+    assert len(rows) == 4 and rows[-1]["flags"][0] == "--lr=0.1"
+    printed = capsys.readouterr().out
+    assert "(90.70, 90.80)" in printed
+    benchmark.main(["table"])
+    assert capsys.readouterr().out == printed
+
+
+def test_the_code_hash_is_of_code_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
+    monkeypatch.setattr(accuracy, "DECISIVE", ("a.py",))
+    hashes = []
+    for text in ('def f():\n    "Says."\n    return 1', '# why\ndef f():\n\n    return 1', "def f():\n    return 2"):
+        (tmp_path / "a.py").write_text(text)
+        hashes.append(accuracy.code_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("name", accuracy.BASELINES)
+def test_baselines_learn_and_their_settings_are_chosen_on_valid(name: str, tmp_path: Path) -> None:
+    if name == "fastText":
+        pytest.importorskip("fasttext")
+    for split, count in (("train", 600), ("valid", 100), ("test", 100)):
+        lines = (ROOT / "data/sample" / f"{split}.txt").read_text(encoding="utf-8").splitlines(True)[:count]
+        (tmp_path / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+    fit, settings = accuracy.BASELINES[name]
+    weak = {"C": 1e-6} if "C" in settings[0] else {"epoch": 1, "lr": 1e-4, "dim": 50}
+    good = {"C": 1.0} if "C" in settings[0] else {"epoch": 50, "lr": 0.5, "dim": 50}
+    row = accuracy.tune(fit, [weak, good], tmp_path)
+    assert row["setting"] == good and row["accuracy"] > 0.5 and row["examples"] == 100
+    again = accuracy.tune(fit, [good], tmp_path)
+    assert again["correct"] == row["correct"]
+
+
+def test_a_setting_that_diverges_is_passed_over(raw: Place) -> None:
+    def fit(setting: dict[str, Any], train: accuracy.Examples, folder: Path) -> Any:
+        if setting["lr"] > 1:
+            raise RuntimeError("Encountered NaN.")
+        return lambda sentence: "PlayMusic"
+
+    assert accuracy.tune(fit, [{"lr": 2}, {"lr": 1}], raw.data)["setting"] == {"lr": 1}
+
+
+def test_caption_names_a_whole_vector_file_plainly() -> None:
+    row = {"cores": 2, "git_revision": "r"}
+    assert "subset" not in report.caption([{**row, "embedding": {"file": "glove.txt", "words": 400_000}}])
+    assert "No pretrained" in report.caption([{**row, "embedding": {"file": "none", "words": 0}}])
+
+
+def test_bad_input_is_refused_in_a_sentence(raw: Place, configs: None) -> None:
+    assert "did you mean 'speed'" in refusal(benchmark.main, "sped")
+    assert "did you mean '--models'" in refusal(benchmark.main, "--modls", "gnb")
+    assert "holds no results yet" in refusal(benchmark.main, "table")
+    assert "no such file" in refusal(benchmark.main, "accuracy", "--data_sets", "nowhere")
+    Path("results").mkdir()
+    Path("results/accuracy.json").write_text("[1]")
+    assert "not as benchmark.py wrote it" in refusal(benchmark.main, "table")
+    assert Path("results/accuracy.json").read_text() == "[1]"
+
+
+def test_help_loads_neither_torch_nor_sklearn() -> None:
+    code = ("import benchmark, sys\ntry: benchmark.main(['--help'])\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'sklearn', 'fasttext', 'matplotlib'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,419 @@
+"""The first stage: what it writes, that bad input is named and changes nothing (law 6), and the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Place
+from helpers import (
+    COVERED,
+    DIM,
+    ENCODERS,
+    INTENTS,
+    answer,
+    make_config,
+    make_lines,
+    refusal,
+    restore,
+    snapshot,
+    write_config,
+    write_lines,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_text import naive
+
+import preprocess
+from dataset import EncodedData
+from preprocess import build_vocabulary
+from text import Labels, WordTokenizer, looks_like_logits
+
+SPLITS = ("train.txt", "valid.txt", "test.txt")
+MADE = {"train.txt.ids", "valid.txt.ids", "test.txt.ids", "vocab.txt", "label.txt", "embedding.npy"}
+
+
+def decoded(folder: Path, name: str) -> list[tuple[list[str], Any]]:
+    """An encoded file as words and labels (or logits)."""
+    data = EncodedData(folder / f"{name}.ids")
+    vocabulary = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    rows = [data.token_ids[start:end] for start, end in zip(data.offsets[:-1], data.offsets[1:], strict=True)]
+    targets = data.targets.tolist() if data.has_logits else [data.labels.names[label] for label in data.targets]
+    return [([vocabulary[token] for token in row], target) for row, target in zip(rows, targets, strict=True)]
+
+
+def check_decoded(folder: Path, name: str, examples: list[tuple[str, str]]) -> None:
+    """The encoded file holds exactly these sentences (words outside the vocabulary as <unk>) and labels."""
+    vocabulary = set((folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")[2:])
+    expected = [([word if word in vocabulary else "<unk>" for word in sentence.lower().split()], label)
+                for sentence, label in examples]
+    assert decoded(folder, name) == expected
+
+
+# -------------------------------------------------------------------------------------------------- what it writes
+
+
+def test_writes_these_files_and_no_others(raw: Place) -> None:
+    before = snapshot(raw.data)
+    preprocess.main(raw.preprocess_flags())
+    after = snapshot(raw.data)
+    assert set(after) == set(before) | MADE and {name: after[name] for name in before} == before
+    assert Labels.read(raw.data / "label.txt").names == tuple(INTENTS)  # in order of first appearance
+    for split, (name, count) in enumerate(zip(SPLITS, (46, 16, 21), strict=True)):
+        check_decoded(raw.data, name, make_lines(count, split))
+
+
+def test_same_input_same_bytes(raw: Place, encoded_once: Place, tmp_path: Path) -> None:
+    again = raw.copy(tmp_path / "again")
+    preprocess.main(raw.preprocess_flags())
+    first = snapshot(raw.data)
+    preprocess.main(raw.preprocess_flags())
+    assert snapshot(raw.data) == first
+    preprocess.main(again.preprocess_flags("--seed=43"))
+    assert (again.data / "embedding.npy").read_bytes() != first["embedding.npy"]
+
+
+def test_table_holds_the_files_rows(encoded: Place) -> None:
+    words = (encoded.data / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    table = np.load(encoded.data / "embedding.npy")
+    facts = EncodedData(encoded.data / "train.txt.ids").facts
+    file = {line.rsplit(" ", DIM)[0].lower(): np.array(line.rsplit(" ", DIM)[1:], np.float32)
+            for line in encoded.vectors.read_text(encoding="utf-8").splitlines()}
+    assert len(words) == len(table) == len(set(words))
+    training = {word for sentence, _ in make_lines(46, 0) for word in sentence.lower().split()}
+    assert set(words[2 : facts["own_rows"]]) == training - set(file)
+    assert set(words[facts["own_rows"] : facts["seen_rows"]]) == training & set(file)
+    assert words[facts["seen_rows"] :] == [word for word in map(str.lower, COVERED) if word not in training]
+    for word, row in zip(words, table, strict=True):
+        if word in file:
+            np.testing.assert_array_equal(row, file[word])
+    assert not table[0].any()
+
+
+def test_vectors_learned_from_scratch(raw: Place) -> None:
+    preprocess.main([*raw.preprocess_flags(), "--embedding_path=none"])
+    facts = EncodedData(raw.data / "train.txt.ids").facts
+    table = np.load(raw.data / "embedding.npy")
+    assert facts["own_rows"] == facts["seen_rows"] == len(table) and table.shape[1] == DIM
+
+
+def test_long_sentences_are_cut_and_counted(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    preprocess.main(raw.preprocess_flags("--n_ctx=3"))
+    long = sum(len(sentence.split()) > 3 for sentence, _ in make_lines(16, 1))
+    assert f"[valid.txt] {long} sentences are longer than n_ctx=3 and were truncated" in caplog.text
+    expected = [sentence.lower().split()[:3] for sentence, _ in make_lines(16, 1)]
+    assert [len(words) for words, _ in decoded(raw.data, "valid.txt")] == [len(words) for words in expected]
+
+
+def test_report(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lines = make_lines(16, 1)
+    write_lines(raw.data / "valid.txt", [*lines, ("only here", "GetWeather"), ("only here", "PlayMusic")])
+    preprocess.main(raw.preprocess_flags())
+    words = [word for sentence, _ in [*lines, ("only here", ""), ("only here", "")] for word in sentence.split()]
+    assert f"[valid.txt] 18 sentences, {len(words)} words; words a sentence: mean {len(words) / 18:.2f}" in caplog.text
+    assert "PlayMusic 5, GetWeather 5, book a table 4, none of these 4" in caplog.text
+    assert "[valid.txt] 1 sentences stand with two labels (such as valid.txt:17, valid.txt:18)" in caplog.text
+    assert "[coverage]" in caplog.text
+
+
+def test_encoding_is_what_raw_text_inference_reads(encoded: Place) -> None:
+    data = EncodedData(encoded.data / "test.txt.ids")
+    tokenize = WordTokenizer((encoded.data / "vocab.txt").read_text(encoding="utf-8"), data.facts)
+    expected = [token for sentence, _ in make_lines(21, 2) for token in tokenize(sentence)]
+    assert data.token_ids.tolist() == expected
+
+
+# -------------------------------------------------------------------------------------------------- the vocabulary
+
+COUNTS = Counter({"the": 9, "zoo": 5, "cat": 5, "paris": 2, "<unk>": 1})
+FILE = ["dog", "the", "Paris", "PARIS", "cat", "<unk>"]
+
+
+@pytest.mark.parametrize(("lowercase", "max_vocab", "expected", "own", "seen"), [
+    (True, 0, ["zoo", "the", "cat", "paris", "<unk>", "dog"], 3, 7),
+    (True, 3, ["zoo", "the", "cat"], 3, 5),
+    (True, 4, ["zoo", "the", "cat", "paris"], 3, 6),
+    (True, 6, ["zoo", "the", "cat", "paris", "<unk>", "dog"], 3, 7),
+    (False, 0, ["zoo", "paris", "the", "cat", "<unk>", "dog", "Paris", "PARIS"], 4, 7),
+])
+def test_vocabulary_order_and_borders(lowercase: bool, max_vocab: int, expected: list[str], own: int,
+                                      seen: int) -> None:
+    words, rows, borders = build_vocabulary(COUNTS, FILE, lowercase, max_vocab, ["<pad>", "<unk>"])
+    assert words == ["<pad>", "<unk>", *expected] and borders == {"own": own, "seen": seen}
+    for word, row in zip(words[2:], rows[2:], strict=True):
+        assert (FILE[row] if row >= 0 else None) in (word, word.capitalize(), None) and (row >= 0) == (
+            word in (map(str.lower, FILE) if lowercase else FILE))
+    assert rows[:2].tolist() == [-1, -1]
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.fixture(scope="session")
+def arena(encoded_once: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A place of hypothesis tests, which put it back after each example."""
+    return encoded_once.copy(tmp_path_factory.mktemp("arena") / "place")
+
+
+def expectation(contents: dict[str, bytes]) -> tuple[str, int | None] | dict[str, list[tuple[str, str]]]:
+    """What a naive reader makes of three files: the examples of each, or (file, line) of the first fault."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    labels: set[str] = set()
+    for name in SPLITS:
+        lines = naive(contents[name])
+        found[name] = []
+        for line in lines:
+            if isinstance(line, int):
+                return name, line
+            number, sentence, label = line
+            if looks_like_logits(label) or (name != "train.txt" and label not in labels):
+                return name, number
+            found[name].append((sentence, label))
+        if not lines:
+            return name, None
+        if name == "train.txt":
+            labels = {label for _, label in found[name]}
+            if len(labels) < 2:
+                return name, None
+    return found
+
+
+def check_against_naive_reader(arena: Place, name: str, content: bytes) -> None:
+    before = snapshot(arena.data)
+    try:
+        (arena.data / name).write_bytes(content)
+        changed = snapshot(arena.data)
+        expected = expectation({split: (arena.data / split).read_bytes() for split in SPLITS})
+        said = answer(preprocess.main, *arena.preprocess_flags())
+        if isinstance(expected, tuple):
+            file, line = expected
+            assert said is not None and said.startswith(f"{arena.data / file}:" + (f"{line}: " if line else " "))
+            assert snapshot(arena.data) == changed
+        else:
+            assert said is None
+            for split in SPLITS:
+                check_decoded(arena.data, split, expected[split])
+    finally:
+        restore(arena.data, before)
+
+
+labels = st.sampled_from([*INTENTS, *INTENTS, *INTENTS, "unheard of", "", " ", "a\u2028b", "\u00a0"])
+sentences = st.sampled_from(["play jazz", "weather", "x\u2028y", "é\x85 z", "a\rb", "東京 <pad> <unk>", "", " ", "\ufeffx"])
+separators = st.sampled_from(["\t"] * 8 + [" \t", "", "\t\t", "\0\t"])
+tails = st.sampled_from([b""] * 8 + [b"\r", b" ", b"\xff", b"\n"])
+some_lines = st.lists(st.tuples(sentences, separators, labels, tails).map(
+    lambda parts: "".join(parts[:3]).encode() + parts[3]), max_size=5)
+good_line = "play some jazz\tPlayMusic".encode()
+
+
+@settings(max_examples=150)
+@given(name=st.sampled_from(SPLITS), lines=some_lines, bom=st.booleans(), end=st.sampled_from([b"", b"\n", b"\r\n"]),
+       whole=st.booleans())
+def test_malformed_lines(arena: Place, name: str, lines: list[bytes], bom: bool, end: bytes, whole: bool) -> None:
+    start = (arena.data / name).read_bytes() if whole else b""
+    check_against_naive_reader(arena, name, b"\xef\xbb\xbf" * bom + start + b"\n".join(lines) + end)
+
+
+@settings(max_examples=100)
+@given(name=st.sampled_from(SPLITS), place=st.integers(0, 3000), cut=st.integers(0, 4), put=st.binary(max_size=3))
+def test_damaged_bytes(arena: Place, name: str, place: int, cut: int, put: bytes) -> None:
+    content = (arena.data / name).read_bytes()
+    place %= len(content)
+    check_against_naive_reader(arena, name, content[:place] + put + content[place + cut :])
+
+
+@settings(max_examples=40)
+@given(bad=st.lists(st.sampled_from([b"no tab", b"", b"a\tb\tc", b"\xff\tPlayMusic", b"x\tunheard of", b"\tPlayMusic"]),
+                    min_size=1, max_size=6), name=st.sampled_from(SPLITS[1:]))
+def test_skipped_lines_are_counted(arena: Place, bad: list[bytes], name: str) -> None:
+    before = snapshot(arena.data)
+    examples = make_lines(8, 7)
+    good = [f"{sentence}\t{label}".encode() for sentence, label in examples]
+    mixed = [line for pair in zip(bad, good, strict=False) for line in pair] + bad[len(good) :] + good[len(bad) :]
+    try:
+        (arena.data / name).write_bytes(b"\n".join(mixed) + b"\n")
+        assert refusal(preprocess.main, *arena.preprocess_flags()).startswith(f"{arena.data / name}:1: ")
+        preprocess.main(arena.preprocess_flags("--skip_bad_lines"))
+        check_decoded(arena.data, name, examples)
+        facts = EncodedData(arena.data / f"{name}.ids").facts
+        assert (facts["skipped"], facts["sentences"]) == (len(bad), 8)
+    finally:
+        restore(arena.data, before)
+
+
+def test_skipped_lines_of_train(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with open(raw.data / "train.txt", "ab") as file:
+        file.write(b"hapax legomenon\n\xff\tPlayMusic\n")
+    preprocess.main(raw.preprocess_flags("--skip_bad_lines"))
+    check_decoded(raw.data, "train.txt", make_lines(46, 0))
+    assert "[train.txt] 2 bad lines were skipped" in caplog.text
+    assert "hapax" not in (raw.data / "vocab.txt").read_text(encoding="utf-8")
+
+
+damaged_configs = st.tuples(st.sampled_from(ENCODERS), st.integers(0, 400), st.integers(0, 3),
+                            st.binary(max_size=2)).map(
+    lambda parts: (text := json.dumps(make_config(parts[0])).encode())[: parts[1] % len(text)] + parts[3]
+    + text[parts[1] % len(text) + parts[2] :])
+
+
+@settings(max_examples=60)
+@given(content=damaged_configs)
+def test_damaged_configs(arena: Place, content: bytes) -> None:
+    path = arena.root / "damaged.json"
+    path.write_bytes(content)
+    before = snapshot(arena.data)
+    try:
+        said = answer(preprocess.main, *arena.preprocess_flags(f"--config={path}"))
+        if said is not None:
+            assert said.startswith(f"{path}:") and snapshot(arena.data) == before
+        else:
+            config = json.loads(content)
+            assert config.keys() <= {*make_config(config["enc_class"]), "tokenizer"}
+            assert EncodedData(arena.data / "train.txt.ids").facts["n_ctx"] == config["n_ctx"]
+    finally:
+        restore(arena.data, before)
+
+
+@settings(max_examples=40)
+@given(line=st.integers(0, len(COVERED) - 1), change=st.sampled_from(
+    [lambda s: s + b" 1", lambda s: s.rsplit(b" ", 1)[0], lambda s: s + b"x", lambda s: b"word", lambda s: b"",
+     lambda s: s.replace(b".", b",", 1), lambda s: s.rsplit(b" ", 1)[0] + b" nan", lambda s: s.rsplit(b" ", 1)[0] + b" 1e99",
+     lambda s: b"\xff" + s, lambda s: s.replace(b" ", b"\t"), lambda s: s + b" ", lambda s: b"two words " + s]))
+def test_malformed_vectors(arena: Place, line: int, change: Callable[[bytes], bytes]) -> None:
+    lines = (arena.root / "vectors.txt").read_bytes().splitlines()
+    lines[line] = change(lines[line])
+    path = arena.root / "other.txt"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    Path(f"{path}.cache").unlink(missing_ok=True)
+    before = snapshot(arena.data)
+    try:
+        said = answer(preprocess.main, *arena.preprocess_flags(f"--embedding_path={path}"))
+        if said is not None:
+            assert said.startswith(f"{path}:{line + 1}: ") and snapshot(arena.data) == before
+            assert not Path(f"{path}.cache").exists()
+        else:
+            assert np.load(arena.data / "embedding.npy").shape[1] == DIM
+    finally:
+        restore(arena.data, before)
+
+
+def refused_without_a_trace(place: Place, *flags: Any) -> str:
+    before = snapshot(place.data)
+    said = refusal(preprocess.main, *place.preprocess_flags(*flags))
+    assert snapshot(place.data) == before
+    return said
+
+
+@pytest.mark.parametrize("missing", [*SPLITS, "vectors", "config"])
+def test_missing_files(encoded: Place, missing: str) -> None:
+    path = getattr(encoded, missing) if missing in ("vectors", "config") else encoded.data / missing
+    path.unlink()
+    assert refused_without_a_trace(encoded).startswith(f"{path}: no such file")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"word\n", b"3 8\nword 1 2\n", b"PK\x03\x04zip"])
+def test_files_without_vectors(encoded: Place, content: bytes) -> None:
+    encoded.vectors.write_bytes(content)
+    assert refused_without_a_trace(encoded).startswith(f"{encoded.vectors}:")
+
+
+def test_damaged_labels_matter_only_where_they_are_read(encoded: Place) -> None:
+    good = (encoded.data / "label.txt").read_bytes()
+    (encoded.data / "label.txt").write_bytes(b"\xff\n\n")
+    shutil.copy(encoded.data / "train.txt", encoded.data / "augmented.raw")
+    assert refused_without_a_trace(encoded, "--augmented").startswith(f"{encoded.data / 'label.txt'}: ")
+    preprocess.main(encoded.preprocess_flags())
+    assert (encoded.data / "label.txt").read_bytes() == good
+
+
+# -------------------------------------------------------------------------------------------- logits, augmented data
+
+
+def logit_lines(count: int, classes: int = 4) -> list[tuple[str, str]]:
+    numbers = np.random.default_rng(0).normal(size=(count, classes)).round(3)
+    return [(sentence, " ".join(map(str, row)))
+            for (sentence, _), row in zip(make_lines(count, 3), numbers.tolist(), strict=True)]
+
+
+def test_logits_as_labels(raw: Place) -> None:
+    lines = logit_lines(20)
+    write_lines(raw.data / "train.txt", lines)
+    assert "label.txt" in refused_without_a_trace(raw)
+    Labels(tuple(INTENTS)).write(raw.data / "label.txt")
+    preprocess.main(raw.preprocess_flags())
+    found = [target for _, target in decoded(raw.data, "train.txt")]
+    expected = [[float(part) for part in label.split()] for _, label in lines]
+    np.testing.assert_array_equal(np.array(found, np.float32), np.array(expected, np.float32))
+    assert EncodedData(raw.data / "valid.txt.ids").has_logits is False
+    assert Labels.read(raw.data / "label.txt").names == tuple(INTENTS)
+
+
+@settings(max_examples=40)
+@given(place=st.integers(0, 9), wrong=st.sampled_from(
+    ["1 2 3", "1 2 3 4 5", "1 2 3 nan", "1 2 -inf 4", "1 2 3 1e39", "PlayMusic", "1 2 three 4", "1"]))
+def test_bad_logits(arena: Place, place: int, wrong: str) -> None:
+    lines = logit_lines(10)
+    lines[place] = (lines[place][0], wrong)
+    before = snapshot(arena.data)
+    try:
+        write_lines(arena.data / "train.txt", lines)
+        changed = snapshot(arena.data)
+        said = answer(preprocess.main, *arena.preprocess_flags())
+        # A class in the first line makes the second one the odd one out.
+        line = 2 if place == 0 and not looks_like_logits(wrong) else place + 1
+        assert said is not None and said.startswith(f"{arena.data / 'train.txt'}:{line}: ")
+        assert snapshot(arena.data) == changed
+        if line == place + 1:
+            preprocess.main(arena.preprocess_flags("--skip_bad_lines"))
+            assert len(EncodedData(arena.data / "train.txt.ids")) == 9
+    finally:
+        restore(arena.data, before)
+
+
+def test_augmented(encoded: Place) -> None:
+    preprocess.main(encoded.preprocess_flags())
+    before = snapshot(encoded.data)
+    write_lines(encoded.data / "augmented.txt", [*logit_lines(9), ("a word never met", "1 2 3 4")])
+    preprocess.main(encoded.preprocess_flags("--augmented", "--augmented_filename=augmented.txt"))
+    after = snapshot(encoded.data)
+    assert set(after) - set(before) == {"augmented.txt", "augmented.txt.ids"}
+    assert {name for name in before if before[name] != after[name]} == set()
+    words, target = decoded(encoded.data, "augmented.txt")[-1]
+    assert words[-1] == "<unk>" and target == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_augmented_needs_the_labels_of_train(encoded: Place) -> None:
+    write_lines(encoded.data / "augmented.raw", logit_lines(9))
+    Labels(tuple(reversed(INTENTS))).write(encoded.data / "label.txt")
+    assert "label.txt" in refused_without_a_trace(encoded, "--augmented")
+    (encoded.data / "label.txt").unlink()
+    assert "label.txt: no such file" in refused_without_a_trace(encoded, "--augmented")
+
+
+# ------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "known"), [
+    ("snips", ["[test.txt] 26 sentences stand in train.txt too"]),
+    ("sst2", ["[test.txt] 5 sentences stand in train.txt too", "[train.txt] 371 sentences repeat an earlier one",
+              "[train.txt] 5 sentences stand with two labels"]),
+])
+def test_what_is_known_of_the_real_data(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str,
+                                        known: list[str]) -> None:
+    caplog.set_level(logging.INFO)
+    shutil.copytree(shared / "data" / name, tmp_path / name)
+    config = write_config(tmp_path / "config.json")
+    preprocess.main([f"--config={config}", f"--data_dir={tmp_path / name}", "--embedding_path=none"])
+    for fact in known:
+        assert fact in caplog.text

@@ -1,0 +1,327 @@
+"""The training loop: objectives by their formulas, accumulation, clipping, schedule, averaging, stopping."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Place
+from helpers import make_config
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
+from tqdm import tqdm
+
+import train
+import trainer
+from dataset import EncodedData, load_table, pad
+from model import build_model
+from trainer import (
+    Trainer,
+    WeightAverage,
+    balanced_class_weights,
+    cosine_with_warmup,
+    evaluate,
+    make_criterion,
+)
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------------- objectives
+
+
+@pytest.fixture
+def scores() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, class ids and a teacher's logits."""
+    torch.manual_seed(0)
+    return 2 * torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0]), 3 * torch.randn(6, 4)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    return x - x.exp().sum(-1, keepdim=True).log()
+
+
+def soft_formula(name: str, logits: Tensor, teacher: Tensor) -> Tensor:
+    p, log_q = log_softmax(teacher).exp(), log_softmax(logits)
+    return {
+        "CrossEntropyLoss": -(p * log_q).sum(-1),
+        "LabelSmoothingCrossEntropy": -((0.9 * p + 0.1 / 4) * log_q).sum(-1),
+        "MSELoss": ((logits - teacher) ** 2).mean(-1),
+        "KLDivLoss": (p * (p.log() - log_q)).sum(-1),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "LabelSmoothingCrossEntropy", "MSELoss", "KLDivLoss"])
+def test_soft_targets(name: str, scores: tuple[Tensor, ...]) -> None:
+    logits, _, teacher = scores
+    torch.testing.assert_close(make_criterion(name)(logits, teacher), soft_formula(name, logits, teacher))
+
+
+def test_teacher_and_student_alike_lose_nothing(scores: tuple[Tensor, ...]) -> None:
+    for name in ("MSELoss", "KLDivLoss"):
+        assert make_criterion(name)(scores[2], scores[2]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("name", "smoothing"), [("CrossEntropyLoss", 0.0), ("LabelSmoothingCrossEntropy", 0.1)])
+def test_class_ids(name: str, smoothing: float, scores: tuple[Tensor, ...]) -> None:
+    logits, ids, _ = scores
+    log_q = log_softmax(logits)
+    expected = -(1 - smoothing) * log_q[torch.arange(6), ids] - smoothing * log_q.mean(-1)
+    torch.testing.assert_close(make_criterion(name)(logits, ids), expected)
+
+
+def test_class_weights(scores: tuple[Tensor, ...]) -> None:
+    logits, ids, teacher = scores
+    weights = torch.tensor([1.0, 0.5, 4.0, 2.0])
+    criterion = make_criterion("CrossEntropyLoss", weights)
+    torch.testing.assert_close(criterion(logits, ids), -weights[ids] * log_softmax(logits)[torch.arange(6), ids])
+    soft = -(weights * log_softmax(teacher).exp() * log_softmax(logits)).sum(-1)
+    torch.testing.assert_close(criterion(logits, teacher), soft)
+
+
+def test_balanced_class_weights() -> None:
+    ids = np.array([0] * 6 + [1] * 3 + [2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=ids)
+    np.testing.assert_allclose(balanced_class_weights(ids, 3), expected, rtol=1e-6)
+    assert balanced_class_weights(np.array([0, 0, 2]), 3).tolist() == [0.75, 0.0, 1.5]
+
+
+# --------------------------------------------------------------------------------------------------------- schedule
+
+
+def test_cosine_schedule() -> None:
+    factors = [cosine_with_warmup(step, 4, 14) for step in range(15)]
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    expected = [(1 + math.cos(math.pi * done / 10)) / 2 for done in range(11)]
+    assert factors[4:] == pytest.approx(expected) and factors[9] == pytest.approx(0.5)
+    assert cosine_with_warmup(0, 0, 5) == 1.0 and cosine_with_warmup(9, 0, 5) == 0.0
+
+
+# ----------------------------------------------------------------------------------------------------- the Trainer
+
+
+def make_trainer(place: Place, *flags: str, config: dict[str, Any] | None = None) -> Trainer:
+    """A Trainer on the CPU in fp32, without dropout, as train.py makes it."""
+    from accelerate import Accelerator
+
+    args, _ = train.get_params(place.train_flags(*flags))
+    data = EncodedData(place.data / "train.txt.ids")
+    torch.manual_seed(args.seed)
+    model = build_model(config or make_config(dropout=0.0), 4, load_table(place.data / "embedding.npy", data.facts["table"]),
+                        data.facts["seen_rows"])
+    record = {"run_id": "test", "identity": "test", "flags": {}}
+    made = Trainer(model, data, EncodedData(place.data / "valid.txt.ids"), args, record, Accelerator(cpu=True))
+    made.writer = Silent()
+    return made
+
+
+class Silent:
+    """In place of a SummaryWriter."""
+
+    def add_scalar(self, *values: Any) -> None:
+        """Nothing."""
+
+
+def parameters(made: Trainer) -> list[Tensor]:
+    return [p.detach().clone() for p in made.plain_model.parameters()]
+
+
+def close(one: list[Tensor], other: list[Tensor]) -> None:
+    for first, second in zip(one, other, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def batch_of(made: Trainer, *places: int) -> Any:
+    return made.train_data.__getitems__(list(places))
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ([[0], [1], [2], [3], [4], [5], [6], [7]], [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ([[0, 1], [2, 3], [4]], [[0, 1, 2, 3], [4]]),
+    ([[4], [0, 1, 2, 3]], [[0, 1, 2, 3, 4]]),
+])
+def test_how_a_step_is_cut_does_not_matter(encoded: Place, one: list[list[int]], other: list[list[int]]) -> None:
+    ends = []
+    for cut in (one, other):
+        made = make_trainer(encoded)
+        for _ in range(3):
+            made._train_step([batch_of(made, *places) for places in cut])
+        ends.append(parameters(made))
+    close(*ends)
+
+
+@pytest.mark.parametrize("flags", [["--batch_size=1", "--gradient_accumulation_steps=64"],
+                                   ["--batch_size=8", "--gradient_accumulation_steps=7"]])
+def test_accumulated_epochs_equal_whole_batches(encoded: Place, flags: list[str]) -> None:
+    ends = []
+    for cut in (["--batch_size=64"], flags):  # 46 examples: the last group is never complete
+        made = make_trainer(encoded, "--epoch=3", *cut)
+        assert made.steps_per_epoch == 1
+        for _ in range(3):
+            made.train_epoch(tqdm(disable=True))
+        assert made.step == made.total_steps == 3
+        ends.append(parameters(made))
+    close(*ends)
+
+
+@pytest.mark.parametrize(("size", "accumulation", "groups"), [(8, 4, [4, 2]), (8, 1, [1] * 6), (8, 6, [6]), (1, 45, [45, 1])])
+def test_groups(encoded: Place, size: int, accumulation: int, groups: list[int]) -> None:
+    made = make_trainer(encoded, f"--batch_size={size}", f"--gradient_accumulation_steps={accumulation}")
+    assert [len(group) for group in made._groups()] == groups and made.steps_per_epoch == len(groups)
+
+
+def test_step_equals_plain_torch(encoded: Place) -> None:
+    made = make_trainer(encoded, "--max_grad_norm=0", "--weight_decay=0", "--lr=0.01")
+    model = copy.deepcopy(made.plain_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(4):
+        batch = batch_of(made, step, step + 5, step + 9)
+        made._train_step([batch])
+        optimizer.param_groups[0]["lr"] = 0.01 * cosine_with_warmup(step, 0, made.total_steps)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch.input_ids, batch.attention_mask), batch.targets).backward()
+        optimizer.step()
+    close(parameters(made), [p.detach() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.0])
+def test_clipping(encoded: Place, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_trainer(encoded, f"--max_grad_norm={limit}")
+    norms = []
+
+    def look(*_: Any, **__: Any) -> None:
+        gradients = [p.grad for p in made.plain_model.parameters() if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+
+    monkeypatch.setattr(made.optimizer, "step", look)
+    made._train_step([batch_of(made, 0, 1, 2)])
+    assert norms[0] == pytest.approx(limit, rel=1e-3) if limit else norms[0] > 0.1
+
+
+@pytest.mark.parametrize(("flags", "warmup"), [
+    (["--num_warmup_steps=3", "--warmup_epoch=1", "--warmup_ratio=0.5"], 3), (["--num_warmup_steps=0", "--warmup_epoch=1"], 0),
+    (["--warmup_epoch=1", "--warmup_ratio=0.5"], 6), (["--warmup_ratio=0.5"], 12), ([], 0)])
+def test_which_warmup_wins(encoded: Place, flags: list[str], warmup: int) -> None:
+    made = make_trainer(encoded, "--epoch=4", *flags)
+    assert made.total_steps == 24 and made._warmup_steps() == warmup
+
+
+def test_max_train_steps(encoded: Place) -> None:
+    made = make_trainer(encoded, "--epoch=4", "--max_train_steps=8")
+    while not made.finished:
+        made.train_epoch(tqdm(disable=True))
+    assert made.step == made.total_steps == 8
+
+
+def test_average_is_exponential() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    average = WeightAverage(model, 0.5)
+    expected, values = model.weight.detach().clone(), []
+    for update in range(1, 20):
+        with torch.no_grad():
+            model.weight.copy_(torch.full((1, 2), float(update)))
+        average.update()
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * update
+        values.append(decay)
+    torch.testing.assert_close(average.average[0], expected)
+    assert values[0] < 0.2 and values[-1] == 0.5
+    with average.applied():
+        torch.testing.assert_close(model.weight.data, expected)
+    assert (model.weight == 19.0).all()
+
+
+def test_averaged_model_is_saved_and_training_goes_on_without_it(encoded: Place) -> None:
+    plain = make_trainer(encoded, "--epoch=1")
+    averaged = make_trainer(encoded, "--epoch=1", "--ema_decay=0.9")
+    for made in (plain, averaged):
+        made.train_epoch(tqdm(disable=True))
+    close(parameters(plain), parameters(averaged))
+    saved = torch.load(encoded.model, weights_only=True)["model"]
+    for name, value in averaged.average.state_dict()["average"].items():
+        assert torch.equal(saved[name], value)
+
+
+def test_evaluate_against_a_loop(encoded: Place) -> None:
+    made = make_trainer(encoded)
+    found = evaluate(made.plain_model, made.valid_data, 5, CPU)
+    losses, right = [], []
+    for place, label in enumerate(made.valid_data.class_ids()):
+        batch = pad([made.valid_data.token_ids[slice(*made.valid_data.offsets[place : place + 2])]])
+        with torch.no_grad():
+            logits = made.plain_model(batch.input_ids, batch.attention_mask)[0]
+        losses.append(-log_softmax(logits)[label].item())
+        right.append(logits.argmax().item() == label)
+    assert found == pytest.approx({"loss": np.mean(losses), "accuracy": np.mean(right)}, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- the best, stopping
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *metrics: tuple[float, float]) -> None:
+    """Let evaluation answer these losses and accuracies in turn."""
+    turn = iter(metrics)
+
+    def answer(*_: Any) -> dict[str, float]:
+        loss, accuracy = next(turn)
+        return {"loss": loss, "accuracy": accuracy}
+
+    monkeypatch.setattr(trainer, "evaluate", answer)
+
+
+def run(made: Trainer) -> Trainer:
+    while not made.finished:
+        made.train_epoch(tqdm(disable=True))
+    return made
+
+
+COURSE = [(0.9, 0.5), (0.5, 0.6), (0.7, 0.8), (0.6, 0.8), (0.6, 0.7), (0.5, 0.6)]
+
+
+@pytest.mark.parametrize(("measure", "epoch"), [("loss", 2), ("accuracy", 4)])
+def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPatch, measure: str, epoch: int) -> None:
+    scripted(monkeypatch, *COURSE)
+    made = run(make_trainer(encoded, "--epoch=6", f"--measure={measure}"))
+    assert made.best["step"] == epoch * made.steps_per_epoch and made.best["epoch"] == epoch
+    assert torch.load(encoded.model, weights_only=True)["metrics"] == made.best
+
+
+@pytest.mark.parametrize(("patience", "measure", "last"), [(1, "loss", 3), (2, "loss", 4), (2, "accuracy", 6), (9, "loss", 6)])
+def test_patience(encoded: Place, monkeypatch: pytest.MonkeyPatch, patience: int, measure: str, last: int) -> None:
+    scripted(monkeypatch, *COURSE)
+    made = run(make_trainer(encoded, "--epoch=6", f"--patience={patience}", f"--measure={measure}"))
+    assert made.epoch == last
+
+
+def test_a_gain_within_the_epoch_counts(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    course = [(0.9, 0.5), (0.8, 0.5), (0.85, 0.5), (0.7, 0.5), (0.75, 0.5), (0.72, 0.5), (0.73, 0.5)]
+    scripted(monkeypatch, *course)
+    made = run(make_trainer(encoded, "--epoch=9", "--patience=1", "--eval_and_save_steps=4"))  # 6 steps an epoch
+    assert made.epoch == 3 and made.best["valid_loss"] == 0.7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_valid_loss_that_is_no_number(encoded: Place, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    scripted(monkeypatch, (0.9, 0.5), (value, 0.9))
+    made = make_trainer(encoded)
+    made.train_epoch(tqdm(disable=True))
+    before = [path.read_bytes() for path in (encoded.model, made.state_path)]
+    with pytest.raises(trainer.InputError, match="valid loss is"):
+        made.train_epoch(tqdm(disable=True))
+    assert [path.read_bytes() for path in (encoded.model, made.state_path)] == before
+
+
+def test_best_is_the_first_of_equals(encoded: Place) -> None:
+    made = make_trainer(encoded)
+    better: list[Callable[..., bool]] = [made._is_better]
+    made.best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
+    assert not better[0]({"loss": 0.5, "accuracy": 0.9})
+
+
+def test_state_path(encoded: Place) -> None:
+    assert make_trainer(encoded).state_path == Path(f"{encoded.model}.state")
