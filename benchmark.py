@@ -34,9 +34,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
 from arguments import Parser, add_config_flag, add_data_dir_flag, did_you_mean, natural_int
-from report import GLOVE_WORDS, accuracy_table, draw_accuracy, figures_table, provenance
+from benchmarks.accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
+from benchmarks.report import GLOVE_WORDS, accuracy_table, draw_accuracy, figures_table, provenance
 from text import InputError, fail_cleanly
 
 

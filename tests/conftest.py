@@ -120,19 +120,19 @@ def trained_once(encoded_once: Place, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def raw(raw_once: Place, tmp_path: Path) -> Place:
     """Raw text of the test's own."""
-    return raw_once.copy(tmp_path / "place")
+    return raw_once.copy(tmp_path / "raw")
 
 
 @pytest.fixture
 def encoded(encoded_once: Place, tmp_path: Path) -> Place:
     """Encoded data of the test's own."""
-    return encoded_once.copy(tmp_path / "place")
+    return encoded_once.copy(tmp_path / "encoded")
 
 
 @pytest.fixture
 def trained(trained_once: Place, tmp_path: Path) -> Place:
     """A trained model of the test's own."""
-    return trained_once.copy(tmp_path / "place")
+    return trained_once.copy(tmp_path / "trained")
 
 
 @pytest.fixture(scope="session")

@@ -26,9 +26,11 @@ INTENTS = {
     "book a table": ("book a table at {} for {}", "reserve {}", "a table for two near {} on {} , please"),
     "none of these": ("tell me about {}", "{}", "who is {} 's neighbour and why does nobody know {} here"),
 }
-FILLERS = ("jazz", "Paris", "tokyo", "rock", "monday", "queen", "l'été", "naïve", "7", "Mozart", "seven", "東京", "blue")
-COVERED = ("play", "on", "in", "will", "rain", "weather", "book", "reserve", "tell", "who", "is", "jazz", "Paris", "seven",
-           "monday", "rock", "a", "for", "the", "of", "and", "cat", "Dog", "new york")  # the last five stand in no sentence
+FILLERS = ("jazz", "Paris", "tokyo", "rock", "monday", "queen", "l'été", "naïve", "7", "Mozart", "seven", "東京",
+           "blue")
+# The words of the vector file. The last five stand in no sentence.
+COVERED = ("play", "on", "in", "will", "rain", "weather", "book", "reserve", "tell", "who", "is", "jazz", "Paris",
+           "seven", "monday", "rock", "a", "for", "the", "of", "and", "cat", "Dog", "new york")
 
 
 def make_config(encoder: str = "cnn", /, **changes: Any) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import pytest
 from conftest import Place
 from helpers import ROOT, refusal, write_config
 
-import accuracy
 import benchmark
-import report
+from benchmarks import accuracy, report
 
 
 def result(name: str) -> dict[str, Any]:

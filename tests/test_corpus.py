@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import corpus
 from corpus import Repeats, SplitReport
 
-splits = st.lists(st.lists(st.tuples(st.sampled_from(["a", "b", "a b", "ab", "c d e"]), st.integers(-1, 2)), max_size=12),
-                  min_size=1, max_size=3)
+labelled = st.tuples(st.sampled_from(["a", "b", "a b", "ab", "c d e"]), st.integers(-1, 2))
+splits = st.lists(st.lists(labelled, max_size=12), min_size=1, max_size=3)
 
 
 def naive(data: list[list[tuple[str, int]]]) -> tuple[dict[tuple[int, int], int], dict[int, int]]:

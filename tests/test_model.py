@@ -152,11 +152,12 @@ def test_densenet_equations(length: int) -> None:
     assert not out[length:].any()
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 3, 5])
 @pytest.mark.parametrize("length", [1, 6])
 @torch.no_grad()
-def test_dynamic_self_attention_equations(length: int) -> None:
+def test_dynamic_self_attention_equations(length: int, rounds: int) -> None:
     torch.manual_seed(3)
-    heads, size, rounds = 3, 5, 2
+    heads, size = 3, 5
     layer, t = DynamicSelfAttention(4, heads, size, rounds), 2 * torch.randn(length, 4)
     ends = []
     for head in range(heads):

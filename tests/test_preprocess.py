@@ -207,15 +207,16 @@ def check_against_naive_reader(arena: Place, name: str, content: bytes) -> None:
 
 
 labels = st.sampled_from([*INTENTS, *INTENTS, *INTENTS, "unheard of", "", " ", "a\u2028b", "\u00a0"])
-sentences = st.sampled_from(["play jazz", "weather", "x\u2028y", "é\x85 z", "a\rb", "東京 <pad> <unk>", "", " ", "\ufeffx"])
+sentences = st.sampled_from(["play jazz", "weather", "x\u2028y", "é\x85 z", "a\rb", "東京 <pad> <unk>", "", " ",
+                             "\ufeffx"])
 separators = st.sampled_from(["\t"] * 8 + [" \t", "", "\t\t", "\0\t"])
 tails = st.sampled_from([b""] * 8 + [b"\r", b" ", b"\xff", b"\n"])
 some_lines = st.lists(st.tuples(sentences, separators, labels, tails).map(
     lambda parts: "".join(parts[:3]).encode() + parts[3]), max_size=5)
-good_line = "play some jazz\tPlayMusic".encode()
+good_line = b"play some jazz\tPlayMusic"
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(name=st.sampled_from(SPLITS), lines=some_lines, bom=st.booleans(), end=st.sampled_from([b"", b"\n", b"\r\n"]),
        whole=st.booleans())
 def test_malformed_lines(arena: Place, name: str, lines: list[bytes], bom: bool, end: bytes, whole: bool) -> None:
@@ -223,7 +224,7 @@ def test_malformed_lines(arena: Place, name: str, lines: list[bytes], bom: bool,
     check_against_naive_reader(arena, name, b"\xef\xbb\xbf" * bom + start + b"\n".join(lines) + end)
 
 
-@settings(max_examples=100)
+@settings(max_examples=80)
 @given(name=st.sampled_from(SPLITS), place=st.integers(0, 3000), cut=st.integers(0, 4), put=st.binary(max_size=3))
 def test_damaged_bytes(arena: Place, name: str, place: int, cut: int, put: bytes) -> None:
     content = (arena.data / name).read_bytes()
@@ -287,8 +288,9 @@ def test_damaged_configs(arena: Place, content: bytes) -> None:
 @settings(max_examples=40)
 @given(line=st.integers(0, len(COVERED) - 1), change=st.sampled_from(
     [lambda s: s + b" 1", lambda s: s.rsplit(b" ", 1)[0], lambda s: s + b"x", lambda s: b"word", lambda s: b"",
-     lambda s: s.replace(b".", b",", 1), lambda s: s.rsplit(b" ", 1)[0] + b" nan", lambda s: s.rsplit(b" ", 1)[0] + b" 1e99",
-     lambda s: b"\xff" + s, lambda s: s.replace(b" ", b"\t"), lambda s: s + b" ", lambda s: b"two words " + s]))
+     lambda s: s.replace(b".", b",", 1), lambda s: s.rsplit(b" ", 1)[0] + b" nan",
+     lambda s: s.rsplit(b" ", 1)[0] + b" 1e99", lambda s: b"\xff" + s,
+     lambda s: s.replace(b" ", b"\t"), lambda s: s + b" ", lambda s: b"two words " + s]))
 def test_malformed_vectors(arena: Place, line: int, change: Callable[[bytes], bytes]) -> None:
     lines = (arena.root / "vectors.txt").read_bytes().splitlines()
     lines[line] = change(lines[line])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +104,15 @@ def test_cosine_schedule() -> None:
 # ----------------------------------------------------------------------------------------------------- the Trainer
 
 
-def make_trainer(place: Place, *flags: str, config: dict[str, Any] | None = None) -> Trainer:
+def make_trainer(place: Place, *flags: str) -> Trainer:
     """A Trainer on the CPU in fp32, without dropout, as train.py makes it."""
     from accelerate import Accelerator
 
     args, _ = train.get_params(place.train_flags(*flags))
     data = EncodedData(place.data / "train.txt.ids")
     torch.manual_seed(args.seed)
-    model = build_model(config or make_config(dropout=0.0), 4, load_table(place.data / "embedding.npy", data.facts["table"]),
-                        data.facts["seen_rows"])
+    table = load_table(place.data / "embedding.npy", data.facts["table"])
+    model = build_model(make_config(dropout=0.0), 4, table, data.facts["seen_rows"])
     record = {"run_id": "test", "identity": "test", "flags": {}}
     made = Trainer(model, data, EncodedData(place.data / "valid.txt.ids"), args, record, Accelerator(cpu=True))
     made.writer = Silent()
@@ -169,7 +168,8 @@ def test_accumulated_epochs_equal_whole_batches(encoded: Place, flags: list[str]
     close(*ends)
 
 
-@pytest.mark.parametrize(("size", "accumulation", "groups"), [(8, 4, [4, 2]), (8, 1, [1] * 6), (8, 6, [6]), (1, 45, [45, 1])])
+@pytest.mark.parametrize(("size", "accumulation", "groups"), [
+    (8, 4, [4, 2]), (8, 1, [1] * 6), (8, 6, [6]), (1, 45, [45, 1])])
 def test_groups(encoded: Place, size: int, accumulation: int, groups: list[int]) -> None:
     made = make_trainer(encoded, f"--batch_size={size}", f"--gradient_accumulation_steps={accumulation}")
     assert [len(group) for group in made._groups()] == groups and made.steps_per_epoch == len(groups)
@@ -204,8 +204,9 @@ def test_clipping(encoded: Place, limit: float, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(("flags", "warmup"), [
-    (["--num_warmup_steps=3", "--warmup_epoch=1", "--warmup_ratio=0.5"], 3), (["--num_warmup_steps=0", "--warmup_epoch=1"], 0),
-    (["--warmup_epoch=1", "--warmup_ratio=0.5"], 6), (["--warmup_ratio=0.5"], 12), ([], 0)])
+    (["--num_warmup_steps=3", "--warmup_epoch=1", "--warmup_ratio=0.5"], 3),
+    (["--num_warmup_steps=0", "--warmup_epoch=1"], 0), (["--warmup_epoch=1", "--warmup_ratio=0.5"], 6),
+    (["--warmup_ratio=0.5"], 12), ([], 0)])
 def test_which_warmup_wins(encoded: Place, flags: list[str], warmup: int) -> None:
     made = make_trainer(encoded, "--epoch=4", *flags)
     assert made.total_steps == 24 and made._warmup_steps() == warmup
@@ -291,7 +292,8 @@ def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPat
     assert torch.load(encoded.model, weights_only=True)["metrics"] == made.best
 
 
-@pytest.mark.parametrize(("patience", "measure", "last"), [(1, "loss", 3), (2, "loss", 4), (2, "accuracy", 6), (9, "loss", 6)])
+@pytest.mark.parametrize(("patience", "measure", "last"), [
+    (1, "loss", 3), (2, "loss", 4), (2, "accuracy", 6), (9, "loss", 6)])
 def test_patience(encoded: Place, monkeypatch: pytest.MonkeyPatch, patience: int, measure: str, last: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--patience={patience}", f"--measure={measure}"))
@@ -318,9 +320,8 @@ def test_valid_loss_that_is_no_number(encoded: Place, monkeypatch: pytest.Monkey
 
 def test_best_is_the_first_of_equals(encoded: Place) -> None:
     made = make_trainer(encoded)
-    better: list[Callable[..., bool]] = [made._is_better]
     made.best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
-    assert not better[0]({"loss": 0.5, "accuracy": 0.9})
+    assert not made._is_better({"loss": 0.5, "accuracy": 0.9})
 
 
 def test_state_path(encoded: Place) -> None:

@@ -28,12 +28,12 @@ from typing import Any
 from tqdm import tqdm
 
 from arguments import load_config
-from report import provenance
+from benchmarks.report import provenance
 from text import InputError, Lines
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train.txt", "valid.txt", "test.txt")
 
 # The accuracy table's rows: each model's config; by data set, train.py's flags for it (those of README.md) and seeds.

@@ -1,0 +1,429 @@
+"""The second stage: killed and resumed (law 4), repeated (law 5), refused (laws 3 and 6), and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Place
+from helpers import ENCODERS, make_lines, refusal, same_weights, script, snapshot, weights, write_config, write_lines
+from test_util import malicious_zip
+
+import preprocess
+import train
+from dataset import EncodedData
+from text import Labels
+from util import load_checkpoint
+
+# Everything that could make a resumed run stray: all kinds of dropout, averaging, accumulation with an incomplete
+# group, evaluations within an epoch.
+RICH = ["--epoch=4", "--batch_size=4", "--gradient_accumulation_steps=5", "--eval_and_save_steps=2", "--ema_decay=0.9",
+        "--word_dropout=0.5", "--embedding_dropout=0.1", "--embedding_trainable", "--warmup_ratio=0.2", "--patience=99"]
+
+
+def results(place: Place) -> dict[str, Any]:
+    """The results JSON of training."""
+    return json.loads(Path(f"{place.model}.train.json").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------- killed and resumed
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+def run_until(renames: int | None, flags: list[str]) -> int:
+    """Train until the so many-th file is about to take its place (None: to the end). Returns how many did."""
+    count = 0
+    replace = os.replace
+
+    def counted(*names: Any) -> None:
+        nonlocal count
+        if count == renames:
+            raise Killed
+        count += 1
+        replace(*names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", counted)
+        try:
+            train.main(flags)
+        except Killed:
+            pass
+    return count
+
+
+@pytest.mark.parametrize(("encoder", "every"), [("cnn", 3), ("gnb", 7), ("densenet-cnn", 9), ("densenet-dsa", 9)])
+def test_dying_at_any_file_and_resuming(encoded: Place, tmp_path: Path, encoder: str, every: int) -> None:
+    write_config(encoded.config, encoder)
+    alone = encoded.copy(tmp_path / "alone")
+    files = run_until(None, alone.train_flags(*RICH))
+    assert files > 9
+    for moment in range(0, files, every):
+        place = encoded.copy(tmp_path / f"killed-{moment}")
+        run_until(moment, place.train_flags(*RICH))
+        train.main(place.train_flags(*RICH, "--resume"))
+        assert same_weights(alone.model, place.model)
+        assert results(alone)["history"] == results(place)["history"]
+
+
+def test_dying_again_and_again(encoded: Place, tmp_path: Path) -> None:
+    alone = encoded.copy(tmp_path / "alone")
+    train.main(alone.train_flags(*RICH))
+    while run_until(3, encoded.train_flags(*RICH, "--resume")) == 3:
+        pass
+    assert same_weights(alone.model, encoded.model) and results(alone)["history"] == results(encoded)["history"]
+
+
+def check_whole(place: Place) -> None:
+    """Every file under a final name is whole; what is not has a temporary name."""
+    for path in place.root.iterdir():
+        if path.name.startswith("."):
+            assert path.name.endswith(".tmp"), path
+        elif path.name.startswith("model.pt"):
+            assert path.suffix in (".pt", ".state") and load_checkpoint(path)["identity"]
+
+
+def kill_at(place: Place, flags: list[str], states: int, fraction: float) -> bool:
+    """Start training, wait for so many new states and for a part of the time between two, kill; False: it had ended."""
+    state = Path(f"{place.model}.state")
+
+    def version() -> int | None:
+        return state.stat().st_mtime_ns if state.exists() else None
+
+    process = script("train.py", *flags)
+    seen, last, moments = version(), time.monotonic(), []
+    while process.poll() is None and len(moments) < states:
+        if version() != seen:
+            seen, now = version(), time.monotonic()
+            moments.append(now - last)
+            last = now
+        time.sleep(0.001)
+    if states:
+        time.sleep(fraction * (min(moments[1:]) if len(moments) > 1 else 0.05))
+    else:
+        while process.poll() is None and not (place.root / "train.log").exists():
+            time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    said = process.communicate()[1]
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode != 0
+
+
+@pytest.mark.timeout(240)
+def test_sigkill_and_resume(encoded: Place, tmp_path: Path) -> None:
+    flags = [*RICH, "--epoch=12"]
+    alone = encoded.copy(tmp_path / "alone")
+    train.main(alone.train_flags(*flags))
+    draw = random.Random(1)
+    killed = 0
+    for states in (0, draw.randint(1, 3), draw.randint(2, 5), draw.randint(2, 5)):
+        killed += kill_at(encoded, encoded.train_flags(*flags, "--resume"), states, draw.random())
+        check_whole(encoded)
+    assert killed >= 3
+    process = script("train.py", *encoded.train_flags(*flags, "--resume"))
+    assert process.wait() == 0, process.communicate()[1]
+    assert same_weights(alone.model, encoded.model) and results(alone)["history"] == results(encoded)["history"]
+
+
+def test_a_finished_run_has_nothing_to_resume(encoded: Place) -> None:
+    train.main(encoded.train_flags())
+    before = encoded.model.read_bytes()
+    train.main(encoded.train_flags("--resume"))
+    assert encoded.model.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--lr=0.5", "--seed=7", "--batch_size=9", "--epoch=9", "--measure=accuracy",
+                                  "--ema_decay=.5", "--eval_and_save_steps=3", "--embedding_trainable",
+                                  "--max_train_steps=3", "--criterion=LabelSmoothingCrossEntropy",
+                                  "--gradient_accumulation_steps=2"])
+def test_resume_with_other_flags(encoded: Place, flag: str) -> None:
+    run_until(3, encoded.train_flags("--eval_and_save_steps=2"))
+    before = encoded.model.read_bytes(), Path(f"{encoded.model}.state").read_bytes()
+    said = refusal(train.main, *encoded.train_flags("--eval_and_save_steps=2", flag, "--resume"))
+    assert "other flags" in said and flag.split("=")[0] in said
+    assert before == (encoded.model.read_bytes(), Path(f"{encoded.model}.state").read_bytes())
+
+
+def test_resume_with_other_config_or_data(encoded: Place) -> None:
+    run_until(3, encoded.train_flags())
+    other = write_config(encoded.root / "other.json", dropout=0.3)
+    assert "another config or other data" in refusal(train.main, *encoded.train_flags(f"--config={other}", "--resume"))
+    write_lines(encoded.data / "train.txt", make_lines(40, 9))
+    preprocess.main(encoded.preprocess_flags())
+    assert "another config or other data" in refusal(train.main, *encoded.train_flags("--resume"))
+
+
+def test_other_configs_and_data_push_the_checkpoint_aside(encoded: Place) -> None:
+    def trained(*flags: str) -> bytes:
+        train.main(encoded.train_flags("--epoch=1", *flags))
+        return encoded.model.read_bytes()
+
+    def aside() -> list[bytes]:
+        return [path.read_bytes() for path in sorted(encoded.root.glob("model.pt.previous*"))]
+
+    first = trained()
+    second = trained("--seed=1")
+    assert first != second and aside() == []  # the same config and data
+    third = trained(f"--config={write_config(encoded.root / 'other.json', 'gnb')}")
+    assert aside() == [second]
+    write_lines(encoded.data / "train.txt", make_lines(40, 9))
+    preprocess.main(encoded.preprocess_flags())
+    trained(f"--config={encoded.root / 'other.json'}")
+    assert aside() == [second, third]
+
+
+# --------------------------------------------------------------------------------------------------- same and other
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_same_seed_same_weights(raw: Place, tmp_path: Path, encoder: str) -> None:
+    write_config(raw.config, encoder)
+    places = [raw.copy(tmp_path / name) for name in ("one", "two", "other")]
+    for place, flag in zip(places, ("--seed=3", "--seed=3", "--seed=4"), strict=True):
+        preprocess.main([*place.preprocess_flags(), f"--embedding_path={raw.vectors}"])
+        torch.rand(len(str(place)))  # what ran before does not matter
+        train.main(place.train_flags("--word_dropout=0.5", flag))
+    one, two, other = places
+    assert snapshot(one.data) == snapshot(two.data)
+    assert same_weights(one.model, two.model) and not same_weights(one.model, other.model)
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_files_of_a_run(encoded: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = snapshot(encoded.root)
+    train.main(encoded.train_flags("--lr=0.02"))
+    made = set(snapshot(encoded.root)) - set(before)
+    events = {name for name in made if "events" in name}
+    assert made - events == {"model.pt", "model.pt.state", "model.pt.train.json", "train.log", "runs",
+                             str(Path(sorted(events)[0]).parent)}
+    checkpoint = load_checkpoint(encoded.model)
+    assert checkpoint["config"] == json.loads(encoded.config.read_text()) and checkpoint["flags"]["lr"] == 0.02
+    assert checkpoint["labels"] == list(Labels.read(encoded.data / "label.txt").names)
+    assert {"versions", "git_revision", "date", "command", "run_id"} <= set(checkpoint)
+    found = results(encoded)
+    assert found["best"] == checkpoint["metrics"] and found["run_id"] == checkpoint["run_id"]
+    assert found["flags"]["lr"] == 0.02 and found["best"]["valid_loss"] == min(
+        point["valid_loss"] for point in found["history"])
+    log = (encoded.root / "train.log").read_text()
+    assert log.count("train loss") == len(found["history"]) == 2 and "[best model]" in log
+
+
+def test_tensorboard_curves(encoded: Place) -> None:
+    train.main(encoded.train_flags())
+    (event,) = (encoded.root / "runs").rglob("events*")
+    for name in (b"train/loss", b"valid/loss", b"valid/accuracy", b"lr"):
+        assert name in event.read_bytes()
+
+
+def test_config_settings_reach_the_run(encoded: Place) -> None:
+    write_config(encoded.config, lr=0.003, epoch=1)
+    flags = [flag for flag in encoded.train_flags() if not flag.startswith(("--lr", "--epoch"))]
+    train.main(flags)
+    assert results(encoded)["flags"]["lr"] == 0.003 and len(results(encoded)["history"]) == 1
+    train.main([*flags, "--lr=0.004"])
+    assert results(encoded)["flags"]["lr"] == 0.004
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_which_rows_train(encoded: Place, trainable: bool) -> None:
+    write_config(encoded.config, "gnb")  # every word of a sentence has a part in the mean
+    train.main(encoded.train_flags(*["--embedding_trainable"] * trainable))
+    facts = EncodedData(encoded.data / "train.txt.ids").facts
+    table = torch.from_numpy(np.load(encoded.data / "embedding.npy"))
+    state = weights(encoded.model)
+    rows = facts["seen_rows" if trainable else "own_rows"]
+    assert facts["own_rows"] < facts["seen_rows"] < len(table)
+    assert [name for name in state if name.startswith("embedding")] == ["embedding.trainable"]
+    moved = (state["embedding.trainable"] != table[:rows]).any(1)
+    assert len(moved) == rows and moved[2:].all() and not moved[:2].any()  # <pad> and <unk> do not occur
+
+
+def test_training_learns(encoded: Place) -> None:
+    train.main(encoded.train_flags("--epoch=12", "--embedding_trainable"))
+    history, best = results(encoded)["history"], results(encoded)["best"]
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"] and best["valid_accuracy"] > 0.8
+
+
+def test_restore(encoded: Place, tmp_path: Path) -> None:
+    train.main(encoded.train_flags())
+    train.main(encoded.train_flags("--lr=0", "--epoch=1", f"--restore_path={encoded.model}", "--save_path=second.pt"))
+    assert same_weights(encoded.model, "second.pt")
+
+
+def test_reduced_precision_still_evaluates_in_fp32(encoded: Place) -> None:
+    train.main(encoded.train_flags("--mixed_precision=bf16"))
+    assert {value.dtype for value in weights(encoded.model).values()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------ logits as labels
+
+
+@pytest.fixture
+def teacher(raw: Place) -> Place:
+    """Data whose training labels are a teacher's logits."""
+    names = Labels(("PlayMusic", "GetWeather", "book a table", "none of these"))
+    names.write(raw.data / "label.txt")
+    noise = np.random.default_rng(0)
+    lines = [(sentence, " ".join(f"{x:.3f}" for x in 4 * np.eye(4)[names.index()[label]] + noise.normal(size=4)))
+             for sentence, label in make_lines(60, 0)]
+    write_lines(raw.data / "train.txt", lines)
+    preprocess.main(raw.preprocess_flags())
+    return raw
+
+
+@pytest.mark.parametrize("encoder", ["gnb", "cnn"])
+@pytest.mark.parametrize("criterion", ["CrossEntropyLoss", "LabelSmoothingCrossEntropy", "MSELoss", "KLDivLoss"])
+def test_learning_from_logits(teacher: Place, criterion: str, encoder: str) -> None:
+    write_config(teacher.config, encoder, dropout=0.0)
+    train.main(teacher.train_flags(f"--criterion={criterion}", "--epoch=8", "--embedding_trainable"))
+    history = results(teacher)["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] and results(teacher)["best"]["valid_accuracy"] > 0.6
+
+
+def test_learning_from_augmented_logits(encoded: Place, teacher: Place) -> None:
+    shutil.copy(teacher.data / "train.txt", encoded.data / "augmented.txt")
+    preprocess.main(encoded.preprocess_flags("--augmented", "--augmented_filename=augmented.txt"))
+    train.main(encoded.train_flags("--augmented", "--criterion=MSELoss", "--epoch=8", "--word_dropout=1"))
+    assert results(encoded)["best"]["valid_accuracy"] > 0.6
+    assert load_checkpoint(encoded.model)["facts"]["sentences"] == 60
+
+
+@pytest.mark.parametrize("criterion", ["MSELoss", "KLDivLoss"])
+def test_criteria_that_need_logits(encoded: Place, criterion: str) -> None:
+    assert "learns from a teacher's logits" in refused_without_a_trace(encoded, f"--criterion={criterion}")
+
+
+def test_class_weights_need_no_more_than_a_flag(encoded: Place) -> None:
+    train.main(encoded.train_flags("--class_weights=balanced"))
+
+
+# ---------------------------------------------------------------------------------------------------------- refused
+
+
+def refused_without_a_trace(place: Place, *flags: Any) -> str:
+    before = snapshot(place.data)
+    said = refusal(train.main, *place.train_flags(*flags))
+    assert snapshot(place.data) == before
+    assert not [path.name for path in place.root.iterdir() if path.name.startswith((".", "model.pt"))]
+    return said
+
+
+def edit_labels(data: Path) -> None:
+    names = Labels.read(data / "label.txt").names
+    Labels(tuple(reversed(names))).write(data / "label.txt")
+
+
+def other_table(data: Path) -> None:
+    np.save(data / "embedding.npy", np.load(data / "embedding.npy")[::-1].copy())
+
+
+def append(name: str, content: bytes) -> Callable[[Path], None]:
+    def damage(data: Path) -> None:
+        with open(data / name, "ab") as file:
+            file.write(content)
+    return damage
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda data: (data / name).write_bytes((data / name).read_bytes()[:-5]) and None
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda data: (data / name).unlink()
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda data: (data / name).write_bytes(content) and None
+
+
+@pytest.mark.parametrize(("damage", "names"), [
+    (edit_labels, "label.txt"), (write("label.txt", b"\xff\n"), "label.txt"), (write("label.txt", b""), "label.txt"),
+    (append("label.txt", b"one more\n"), "label.txt"), (remove("label.txt"), "label.txt"),
+    (append("train.txt", b"new\tPlayMusic\n"), "train.txt.ids"), (append("valid.txt", b"x"), "valid.txt.ids"),
+    (cut("train.txt.ids"), "train.txt.ids"), (write("train.txt.ids", b""), "train.txt.ids"),
+    (remove("valid.txt.ids"), "valid.txt.ids"), (append("vocab.txt", b"new\n"), "vocab.txt"),
+    (remove("vocab.txt"), "vocab.txt"), (other_table, "embedding.npy"), (cut("embedding.npy"), "embedding.npy"),
+    (remove("embedding.npy"), "embedding.npy"), (write("embedding.npy", b"\x80\x04."), "embedding.npy"),
+])
+def test_damaged_data(encoded: Place, damage: Callable[[Path], None], names: str) -> None:
+    damage(encoded.data)
+    assert refused_without_a_trace(encoded).startswith(str(encoded.data / names))
+
+
+def test_valid_data_of_another_encoding(encoded: Place, tmp_path: Path) -> None:
+    other = encoded.copy(tmp_path / "other")
+    preprocess.main(other.preprocess_flags("--max_vocab=9"))
+    shutil.copy(other.data / "valid.txt.ids", encoded.data)
+    assert "not encoded together" in refused_without_a_trace(encoded)
+
+
+@pytest.mark.parametrize("changes", [{"lowercase": False}, {"tokenizer": "punctuation"}])
+def test_config_that_differs_from_the_encoding(encoded: Place, changes: dict[str, Any]) -> None:
+    write_config(encoded.config, **changes)
+    assert f"{next(iter(changes))} is" in refused_without_a_trace(encoded)
+
+
+@pytest.mark.parametrize(("flag", "says"), [
+    ("--device=cdua", "--device cdua"), ("--fp16", "fp16 needs a CUDA device"),
+    ("--restore_path=missing.pt", "missing.pt: no such checkpoint"), ("--data_dir=nowhere", "nowhere/train.txt.ids"),
+    ("--config=missing.json", "missing.json: no such file"), ("--embedding_filename=x.npy", "x.npy: no such file"),
+    ("--augmented", "augmented.txt.ids: no such file"), ("--log_path=/nowhere/train.log", "/nowhere/train.log"),
+])
+def test_flags_that_cannot_be_followed(encoded: Place, flag: str, says: str) -> None:
+    assert says in refused_without_a_trace(encoded, flag)
+
+
+def test_restoring_what_does_not_fit(encoded: Place) -> None:
+    train.main([*encoded.train_flags(), "--save_path=first.pt"])
+    write_config(encoded.config, num_filters=3)
+    assert "do not fit" in refused_without_a_trace(encoded, "--restore_path=first.pt")
+    malicious_zip(Path("evil.pt"))
+    assert "evil.pt: not a whole checkpoint" in refused_without_a_trace(encoded, "--restore_path=evil.pt")
+    assert not Path("executed").exists()
+
+
+def test_resuming_from_what_is_no_state(encoded: Place) -> None:
+    malicious_zip(Path(f"{encoded.model}.state"))
+    assert "model.pt.state: not a whole checkpoint" in refusal(train.main, *encoded.train_flags("--resume"))
+    assert not Path("executed").exists()
+
+
+def test_loss_that_is_no_number_leaves_the_best_checkpoint(encoded: Place) -> None:
+    train.main(encoded.train_flags())
+    before = encoded.model.read_bytes(), Path(f"{encoded.model}.state").read_bytes()
+    assert "loss is" in refusal(train.main, *encoded.train_flags("--lr=1e30"))
+    assert before == (encoded.model.read_bytes(), Path(f"{encoded.model}.state").read_bytes())
+
+
+# ------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("encoder", ["gnb", "cnn"])
+def test_one_epoch_on_snips(shared: Path, tmp_path: Path, encoder: str) -> None:
+    from helpers import ROOT
+
+    shutil.copytree(shared / "data" / "snips", tmp_path / "snips")
+    (tmp_path / "vectors.txt").symlink_to(shared / "embeddings" / "glove.6B.300d.subset.txt")
+    common = [f"--config={ROOT / f'configs/config-glove-{encoder}.json'}", f"--data_dir={tmp_path / 'snips'}"]
+    preprocess.main([*common, f"--embedding_path={tmp_path / 'vectors.txt'}"])
+    train.main([*common, "--epoch=1", "--lr=1e-3", "--batch_size=64", "--device=cpu", "--embedding_trainable"])
+    best = json.loads(Path("pytorch-model.pt.train.json").read_text())["best"]
+    assert best["valid_accuracy"] > 0.9
