@@ -113,7 +113,7 @@ def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, An
     folder = Path(args.data_dir)
     train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.ids")
     valid = EncodedData(folder / "valid.txt.ids")
-    for fact in ("labels", "vocab_sha256", "table"):
+    for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase"):
         if train.facts[fact] != valid.facts[fact]:
             raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
     if Labels.read(folder / args.label_filename) != train.labels:

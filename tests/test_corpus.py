@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("repeats")
 
 
+@settings(max_examples=50)
 @given(data=splits)
 def test_repeats_against_a_naive_count(folder: Path, data: list[list[tuple[str, int]]]) -> None:
     repeats = Repeats(folder)

@@ -160,8 +160,11 @@ def test_vocabulary_order_and_borders(lowercase: bool, max_vocab: int, expected:
 
 @pytest.fixture(scope="session")
 def arena(encoded_once: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A place of hypothesis tests, which put it back after each example."""
-    return encoded_once.copy(tmp_path_factory.mktemp("arena") / "place")
+    """A place of hypothesis tests, put back after each example. What stands there can be told from new files."""
+    place = encoded_once.copy(tmp_path_factory.mktemp("arena") / "place")
+    for name in MADE - {"label.txt"}:
+        (place.data / name).write_text("of an earlier run")
+    return place
 
 
 def expectation(contents: dict[str, bytes]) -> tuple[str, int | None] | dict[str, list[tuple[str, str]]]:

@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import Place
-from helpers import ENCODERS, make_lines, refusal, same_weights, script, snapshot, weights, write_config, write_lines
+from helpers import (
+    ENCODERS,
+    answer,
+    make_lines,
+    refusal,
+    restore,
+    same_weights,
+    script,
+    snapshot,
+    weights,
+    write_config,
+    write_lines,
+)
 from test_util import malicious_zip
 
 import preprocess
@@ -136,6 +148,31 @@ def test_sigkill_and_resume(encoded: Place, tmp_path: Path) -> None:
     process = script("train.py", *encoded.train_flags(*flags, "--resume"))
     assert process.wait() == 0, process.communicate()[1]
     assert same_weights(alone.model, encoded.model) and results(alone)["history"] == results(encoded)["history"]
+
+
+@pytest.mark.parametrize("flag", ["--max_vocab=9", "--n_ctx=3"])
+def test_dying_while_preprocessing_is_noticed(encoded: Place, flag: str) -> None:
+    before = snapshot(encoded.data)
+    moved = 0
+
+    def dies(source: Any, target: Any, replace: Callable[..., None] = os.replace) -> None:
+        nonlocal moved
+        moved += Path(target).parent == encoded.data
+        if moved == moment:
+            raise Killed
+        replace(source, target)
+
+    for moment in range(2, 7):  # the files that take their places: 1 embedding, 2 labels, 3 to 5 splits, 6 vocabulary
+        moved = 0
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(os, "replace", dies)
+            preprocess.main(encoded.preprocess_flags(flag))
+        said = answer(train.main, *encoded.train_flags("--epoch=1"))
+        changed = {name for name, content in snapshot(encoded.data).items() if content != before.get(name)}
+        assert said is not None or not {"train.txt.ids", "valid.txt.ids"} & changed or moment == 6
+        preprocess.main(encoded.preprocess_flags(flag))
+        train.main(encoded.train_flags("--epoch=1"))
+        restore(encoded.data, before)
 
 
 def test_a_finished_run_has_nothing_to_resume(encoded: Place) -> None:
@@ -366,9 +403,10 @@ def test_damaged_data(encoded: Place, damage: Callable[[Path], None], names: str
     assert refused_without_a_trace(encoded).startswith(str(encoded.data / names))
 
 
-def test_valid_data_of_another_encoding(encoded: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--max_vocab=9", "--n_ctx=3"])
+def test_valid_data_of_another_encoding(encoded: Place, tmp_path: Path, flag: str) -> None:
     other = encoded.copy(tmp_path / "other")
-    preprocess.main(other.preprocess_flags("--max_vocab=9"))
+    preprocess.main(other.preprocess_flags(flag))
     shutil.copy(other.data / "valid.txt.ids", encoded.data)
     assert "not encoded together" in refused_without_a_trace(encoded)
 

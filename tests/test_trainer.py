@@ -189,6 +189,7 @@ def test_step_equals_plain_torch(encoded: Place) -> None:
     close(parameters(made), [p.detach() for p in model.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("limit", [0.05, 0.0])
 def test_clipping(encoded: Place, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_trainer(encoded, f"--max_grad_norm={limit}")
