@@ -301,9 +301,11 @@ def check_same_data(data: Any, checkpoint: dict[str, Any], args: argparse.Namesp
     if data.facts["labels"] != checkpoint["labels"]:
         raise InputError(f"{data.path}: its labels ({', '.join(data.facts['labels'])}) are not those of "
                          f"{args.model_path} ({', '.join(checkpoint['labels'])}).")
-    if data.facts["vocab_sha256"] != checkpoint["facts"]["vocab_sha256"]:
-        raise InputError(f"{data.path}: encoded with another vocabulary than that of {args.model_path}; run "
-                         "preprocess.py as it was run for that model, or evaluate raw text with --enable_inference.")
+    for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
+                       ("n_ctx", "n_ctx")):
+        if data.facts[fact] != checkpoint["facts"][fact]:
+            raise InputError(f"{data.path}: encoded with another {what} than {args.model_path} was trained with; run "
+                             "preprocess.py as for that model, or evaluate raw text with --enable_inference.")
 
 
 if __name__ == "__main__":

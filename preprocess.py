@@ -26,7 +26,7 @@ from tqdm import tqdm
 from arguments import Parser, add_config_flag, add_data_dir_flag, natural_int, positive_int
 from arrays import ArrayWriter, fingerprint
 from corpus import Repeats, SplitReport
-from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, looks_like_logits, sha256
+from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, looks_like_logits, sha256, sweep
 from text import word_tokenizer as make_word_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     report_coverage(counts, set(words[2 : borders["own"]]))
 
     # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
+    sweep(folder, ".preprocess-*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
         stage = Path(made)
         vocabulary = "".join(f"{word}\n" for word in words)

@@ -10,7 +10,9 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, f".{path.name}.*.tmp")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         text = "b" not in mode
         file = open(temporary, mode, encoding="utf-8" if text else None, newline="\n" if text else None)
@@ -76,6 +79,14 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove temporary files and folders that nobody has touched for a day: processes that were killed left them."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def sync_folder(folder: Path) -> None:

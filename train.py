@@ -158,7 +158,8 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, nu
                          "run preprocess.py again.")
     flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
     flags["precision"] = precision
-    made_from = json.dumps([config, train.facts], sort_keys=True)
+    facts = {key: value for key, value in train.facts.items() if key != "embedding_path"}  # the table decides
+    made_from = json.dumps([config, facts], sort_keys=True)
     return {
         "run_id": new_run_id(),
         "identity": hashlib.sha256(made_from.encode()).hexdigest(),

@@ -23,6 +23,7 @@ from text import (
     keep_previous,
     looks_like_logits,
     sha256,
+    sweep,
     word_tokenizer,
 )
 
@@ -270,3 +271,13 @@ def test_fail_cleanly() -> None:
     assert refusal(fail_cleanly(fails), "disk") == "file.txt: No space left on device."
     with pytest.raises(RuntimeError):
         fail_cleanly(fails)([])
+
+
+def test_sweep_removes_what_is_a_day_old(tmp_path: Path) -> None:
+    old, new, other = tmp_path / ".a.1.tmp", tmp_path / ".a.2.tmp", tmp_path / ".b.1.tmp"
+    for path in (old, new, other):
+        path.mkdir()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    sweep(tmp_path, ".a.*.tmp")
+    assert not old.exists() and new.exists() and other.exists()
