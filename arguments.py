@@ -121,6 +121,8 @@ def load_config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: a config is one JSON object.")
     check_config(config, path)
+    if config["emb_class"] == "glove":
+        config.setdefault("tokenizer", "whitespace")
     return config
 
 
@@ -186,12 +188,9 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
-    def parse_with_config(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-        """The flags, with the config's settings in the place of their defaults, and the config (None without one)."""
-        first = self.parse_args(argv)
-        if first.config is None:
-            return first, None
-        config = load_config(first.config)
+    def parse_with_config(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """The flags, with the config's training settings in the place of their defaults, and the config."""
+        config = load_config(self.parse_args(argv).config)
         flags = {action.dest for action in self._actions}
         self.set_defaults(**{key: value for key, value in config.items() if key in TRAINING_KEYS and key in flags})
         return self.parse_args(argv), config

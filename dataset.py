@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from arrays import fingerprint, open_arrays
+from arrays import IDS_FORMAT, fingerprint, open_arrays
 from text import InputError, Labels, sha256
-
-IDS_FORMAT = "ids-1"
 
 
 @dataclass
@@ -74,7 +72,9 @@ class EncodedData(Dataset):
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         if not path.exists():
-            raise InputError(f"{path}: no such file; run preprocess.py with the same --config and --data_dir first.")
+            more = f" --augmented --augmented_filename={path.stem}" if path.stem.startswith("augmented") else ""
+            raise InputError(f"{path}: no such file; run preprocess.py{more} with the same --config and --data_dir "
+                             "first.")
         arrays, metadata = open_arrays(path)
         if metadata.get("format") != IDS_FORMAT or not {"token_ids", "offsets"} < set(arrays):
             raise InputError(f"{path}: not encoded by this version of preprocess.py; run it again.")

@@ -29,6 +29,7 @@ from arguments import (
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
+    load_config,
     natural_int,
     positive_int,
 )
@@ -55,7 +56,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
     machine.add_argument("--num_threads", type=natural_int, default=0, help="(default: 0, the library's choice)")
-    return parser.parse_with_config(argv)
+    args = parser.parse_args(argv)
+    return args, None if args.config is None else load_config(args.config)
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -226,8 +228,8 @@ def draw_confusion(matrix: np.ndarray, labels: Labels, path: str) -> None:
     side = min(24.0, 3.0 + 0.6 * len(labels))
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels.names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(labels)), labels.names)
+    axes.set_xticks(range(len(labels)), labels.names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(labels)), labels.names, parse_math=False)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     axes.set_title(f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.4f}")
@@ -242,9 +244,9 @@ def draw_confusion(matrix: np.ndarray, labels: Labels, path: str) -> None:
     plt.close(figure)
 
 
-def time_figures(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds a sentence without the first, which warms up."""
-    rest = 1000 * np.array(seconds[1:] or seconds)
+def time_figures(seconds: list[float], batch_size: int) -> dict[str, float]:
+    """Milliseconds a sentence without the first batch, which warms up."""
+    rest = 1000 * np.array(seconds[batch_size:] or seconds)
     return {"total_ms": 1000 * float(np.sum(seconds)), "mean_ms": float(rest.mean()),
             "median_ms": float(np.median(rest)), "p95_ms": float(np.percentile(rest, 95))}
 
@@ -279,21 +281,22 @@ def main(argv: list[str] | None = None) -> None:
         probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
     predictions = probabilities.argmax(1)
     correct = int((predictions == targets).sum())
-    timing = time_figures(seconds)
+    timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
 
     figures = report(targets, predictions, predictor.labels, f"{args.model_path}.confusion.png")
-    target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
-    write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
-    write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                "timing": timing, "flags": vars(args), "run_id": checkpoint["run_id"], "config": checkpoint["config"],
-                "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{args.model_path}.test.json")
     logger.info("[macro F1] : %.4f", figures["macro_f1"])
     logger.info(f"[Accuracy] : {correct / len(targets):.4f}, {correct:5d}/{len(targets):5d}")
     if args.enable_inference:
         logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms", timing["total_ms"], timing["mean_ms"])
     else:
         logger.info("[Elapsed Time] : %dms, %sms on average", timing["total_ms"], timing["mean_ms"])
+    target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
+    write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
+    write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
+                "timing": timing, "flags": vars(args), "run_id": checkpoint["run_id"], "config": checkpoint["config"],
+                "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{args.model_path}.test.json")
+
 
 
 def check_same_data(data: Any, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:

@@ -33,15 +33,16 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class MaxOverTimeConv(nn.Module):
     """Convolutions of several widths, each followed by ReLU and the maximum over positions (Kim 2014, 1408.5882).
 
-    A kernel of width k is placed wherever it fits, so that a sentence of L tokens has L - k + 1 windows; one that is
-    shorter than the kernel has a single window, filled up with zeros.
+    Convolutions are wide: a kernel of width k is placed wherever it touches at least one token, zeros beyond the
+    sentence's ends. So every sentence has L + k - 1 windows, however short it is, and the first and last words are
+    seen by as many windows as the others.
     """
 
     def __init__(self, input_size: int, num_filters: int, kernel_sizes: list[int]) -> None:
         super().__init__()
         self.kernel_sizes = kernel_sizes
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(input_size, num_filters, size) for size in kernel_sizes
+            nn.Conv1d(input_size, num_filters, size, padding=size - 1) for size in kernel_sizes
         )
         self.output_size = num_filters * len(kernel_sizes)
 
@@ -50,11 +51,9 @@ class MaxOverTimeConv(nn.Module):
         x = x.transpose(1, 2)
         pooled = []
         for size, convolution in zip(self.kernel_sizes, self.convolutions, strict=True):
-            missing = max(0, size - x.shape[2])
-            outside = ~F.pad(mask, (0, missing))[:, size - 1 :]  # windows that end beyond the sentence
-            outside[:, 0] = False
-            features = F.relu(convolution(F.pad(x, (0, missing))))
-            pooled.append(features.masked_fill(outside.unsqueeze(1), 0.0).amax(-1))
+            # The window that ends at position i exists while its first position, i - k + 1, lies in the sentence.
+            windows = F.pad(mask, (size - 1, 0), value=True).unsqueeze(1)
+            pooled.append(F.relu(convolution(x)).masked_fill(~windows, 0.0).amax(-1))
         return torch.cat(pooled, dim=1)
 
 
@@ -387,6 +386,8 @@ def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -
     Raises:
         InputError: the frozen vectors are in none of them.
     """
+    if "model" not in checkpoint:
+        raise InputError("the file is the state of a finished run and holds no model; give that run's --save_path.")
     config, state, facts = checkpoint["config"], checkpoint["model"], checkpoint["facts"]
     table = state["embedding.trainable"]
     if len(table) < checkpoint["vocabulary"].count("\n"):

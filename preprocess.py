@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from arguments import Parser, add_config_flag, add_data_dir_flag, natural_int, positive_int
-from arrays import ArrayWriter, fingerprint
+from arguments import Parser, add_config_flag, add_data_dir_flag, natural_int, number, positive_int
+from arrays import IDS_FORMAT, ArrayWriter, fingerprint
 from corpus import Repeats, SplitReport
 from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, looks_like_logits, sha256, sweep
 from text import word_tokenizer as make_word_tokenizer
@@ -32,7 +32,7 @@ from text import word_tokenizer as make_word_tokenizer
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
-FLUSH_TOKENS = 1 << 20
+FLUSH_NUMBERS = 1 << 20
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -52,11 +52,13 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
                           help="at most so many words: those of train.txt by frequency, then the vector file's by "
                                "place (default: 0, all)")
+    encoding.add_argument("--oov_scale", type=number(), default=1.0,
+                          help="size of the random vectors of words that the file lacks, 1.0 being that of the file's "
+                               "vectors; below it, what training hardly reaches hardly matters (default: 1.0)")
     encoding.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
     encoding.add_argument("--seed", type=natural_int, default=42,
                           help="for the vectors of words that the file lacks (default: %(default)s)")
     args, config = parser.parse_with_config(argv)
-    assert config is not None  # --config has a default
     if args.n_ctx:
         config["n_ctx"] = args.n_ctx
     return args, config
@@ -149,26 +151,29 @@ def build_vocabulary(counts: Counter[str], file_words: list[str], lowercase: boo
     return words, file_rows, {"own": len(specials) + len(own), "seen": len(specials) + len(ranked)}
 
 
-def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim: int, seed: int) -> None:
+def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim: int, oov_scale: float,
+                seed: int) -> None:
     """Write embedding.npy: [V, dim] float32, the file's rows and random ones for the words that it lacks.
 
-    Random rows are a twentieth as large as the file's, so that a word whose vector training hardly reaches is one
-    that hardly matters. <pad> is zero and <unk> the mean of the file's rows.
+    Random rows are normal with `oov_scale` times the standard deviation of the file's numbers. <pad> is zero and
+    <unk> the mean of the file's rows.
     """
     random = np.random.default_rng(seed)
     scale, mean = 0.1, np.zeros(dim, dtype=np.float32)
     if table is not None and len(table):
         sample = np.asarray(table[: 1 << 15])
-        scale, mean = 0.05 * float(sample.std()), sample.mean(0)
+        scale, mean = oov_scale * float(sample.std()), sample.mean(0)
     with atomic_write(path, "wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": (len(file_rows), dim)}
         )
         for start in range(0, len(file_rows), 1 << 14):
             part = file_rows[start : start + (1 << 14)]
-            rows = random.normal(0.0, scale, (len(part), dim)).astype(np.float32)
+            lacking = part < 0
+            rows = np.empty((len(part), dim), dtype=np.float32)
+            rows[lacking] = random.normal(0.0, scale, (int(lacking.sum()), dim))
             if table is not None:
-                rows[part >= 0] = table[part[part >= 0]]
+                rows[~lacking] = table[part[~lacking]]
             if start == 0:
                 rows[0], rows[1] = 0.0, mean
             file.write(rows.tobytes())
@@ -191,6 +196,7 @@ def encode_split(path: Path, target: Path, tokenize: Callable[[str], list[str]],
         ("logits", ("f4", (len(labels),))) if parser.logits else ("labels", ("i4", ()))
     )
     name = target_column[0]
+    width = len(labels) if parser.logits else 1
     with ArrayWriter(target, dict([("token_ids", ("i4", ())), ("offsets", ("i8", ())), target_column])) as writer:
         writer.append("offsets", np.zeros(1, dtype=np.int64))
         end = 0
@@ -220,11 +226,11 @@ def encode_split(path: Path, target: Path, tokenize: Callable[[str], list[str]],
             if label >= 0:
                 report.labels[label] += 1
             repeats.add(words, example.line, label)
-            if len(tokens) >= FLUSH_TOKENS:
+            if len(tokens) + len(targets) * width >= FLUSH_NUMBERS:
                 flush()
         flush()
         report.skipped = lines.skipped
-        writer.metadata["format"] = "ids-1"
+        writer.metadata["format"] = IDS_FORMAT
         writer.metadata["facts"] = json.dumps({**facts, "source_sha256": sha256(path), "skip_bad_lines": skip_bad_lines,
                                                "sentences": report.sentences, "skipped": report.skipped})
     return report
@@ -244,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
     logging.basicConfig(level=logging.INFO)
     folder = Path(args.data_dir)
+    if Path(args.augmented_filename).name != args.augmented_filename:
+        raise InputError(f"--augmented_filename={args.augmented_filename}: a file's name in --data_dir is expected.")
     names = [args.augmented_filename if args.augmented else SPLITS[0], *SPLITS[1:]]
     for name in dict.fromkeys([SPLITS[0], *names]):
         if not (folder / name).is_file():
@@ -251,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     label_path = folder / "label.txt"
     if args.augmented and not label_path.exists():
         raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
-    tokenizer = config.get("tokenizer", "whitespace")
+    tokenizer = config["tokenizer"]
     tokenize = make_word_tokenizer(tokenizer, config["lowercase"])
 
     counts, labels = count_words(folder / SPLITS[0], tokenize, args.skip_bad_lines, label_path)
@@ -266,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     if dim != config["token_emb_dim"]:
         logger.warning("[%s has %d dimensions, not the config's token_emb_dim=%d: the file decides]",
                        args.embedding_path, dim, config["token_emb_dim"])
-    report_coverage(counts, set(words[2 : borders["own"]]))
+    report_coverage(counts, words[borders["own"] : borders["seen"]])
 
     # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
     sweep(folder, ".preprocess-*")
@@ -275,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
         vocabulary = "".join(f"{word}\n" for word in words)
         with atomic_write(stage / "vocab.txt") as file:
             file.write(vocabulary)
-        write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim, args.seed)
+        write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim,
+                    args.oov_scale, args.seed)
         if not args.augmented:
             labels.write(stage / "label.txt")
         facts = {"n_ctx": config["n_ctx"], "tokenizer": tokenizer, "lowercase": config["lowercase"],
@@ -314,13 +323,12 @@ def load_vectors(path: str) -> Any:
     return read_vectors(path)
 
 
-def report_coverage(counts: Counter[str], lacking: set[str]) -> None:
-    """Say how much of the training text the vector file covers."""
+def report_coverage(counts: Counter[str], covered: list[str]) -> None:
+    """Say how much of the training text has vectors of the file."""
     running = sum(counts.values())
-    absent = sum(counts[word] for word in lacking)
-    logger.info("[coverage] %d distinct words, %d (%.1f %%) in the vector file; of %d running words %.1f %%",
-                len(counts), len(counts) - len(lacking), 100 * (1 - len(lacking) / len(counts)), running,
-                100 * (1 - absent / running))
+    logger.info("[coverage] %d distinct words, %d (%.1f %%) with a vector of the file; of %d running words %.1f %%",
+                len(counts), len(covered), 100 * len(covered) / len(counts), running,
+                100 * sum(counts[word] for word in covered) / running)
 
 
 if __name__ == "__main__":

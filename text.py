@@ -38,6 +38,9 @@ def fail_cleanly(main: Main) -> Main:
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
+        except KeyboardInterrupt:
+            print("interrupted.", file=sys.stderr)
+            raise SystemExit(130) from None
         except BrokenPipeError:  # the reader of our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (InputError, OSError) as error:

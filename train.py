@@ -98,7 +98,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
 
     args, config = parser.parse_with_config(argv)
-    assert config is not None  # --config has a default
     if args.fp16:
         args.mixed_precision = "fp16"
     if args.epoch is None:
@@ -119,17 +118,23 @@ def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, An
     if Labels.read(folder / args.label_filename) != train.labels:
         raise InputError(f"{folder / args.label_filename}: not the labels that {train.path} was encoded with; "
                          "run preprocess.py again.")
-    for key, default in (("lowercase", None), ("tokenizer", "whitespace")):
-        if config.get(key, default) != train.facts[key]:
-            raise InputError(f"{args.config}: {key} is {json.dumps(config.get(key, default))}, and {train.path} was "
-                             f"encoded with {json.dumps(train.facts[key])}; run preprocess.py with this config.")
+    for key in ("lowercase", "tokenizer"):
+        if config[key] != train.facts[key]:
+            raise InputError(f"{args.config}: {key} is {json.dumps(config[key])}, and {train.path} was encoded with "
+                             f"{json.dumps(train.facts[key])}; run preprocess.py with this config.")
+    if config["n_ctx"] != train.facts["n_ctx"]:  # preprocess.py --n_ctx is allowed to differ from the config
+        logger.warning("[n_ctx] is %d in %s, and %d in the encoded data, which decide", config["n_ctx"], args.config,
+                       train.facts["n_ctx"])
+        config["n_ctx"] = train.facts["n_ctx"]
     if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
         raise InputError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
                          "class labels; use CrossEntropyLoss.")
+    if args.criterion in ("MSELoss", "KLDivLoss") and args.class_weights != "none":
+        raise InputError(f"--class_weights={args.class_weights} has no meaning for --criterion={args.criterion}.")
     return train, valid
 
 
-def fit_gaussian(model: Any, data: Any, args: argparse.Namespace) -> None:
+def fit_gaussian(model: Any, data: Any) -> None:
     """Set the Gaussian decoder in closed form, from which training goes on."""
     import torch
     import torch.nn.functional as F
@@ -146,7 +151,7 @@ def fit_gaussian(model: Any, data: Any, args: argparse.Namespace) -> None:
         model.decoder.fit(encodings())
 
 
-def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, num_trainable: int,
+def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, num_trainable: int,
                 precision: str) -> dict[str, Any]:
     """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
     from util import git_revision, new_run_id, versions
@@ -159,7 +164,7 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, nu
     flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
     flags["precision"] = precision
     facts = {key: value for key, value in train.facts.items() if key != "embedding_path"}  # the table decides
-    made_from = json.dumps([config, facts], sort_keys=True)
+    made_from = json.dumps([config, facts, valid.facts["source_sha256"]], sort_keys=True)
     return {
         "run_id": new_run_id(),
         "identity": hashlib.sha256(made_from.encode()).hexdigest(),
@@ -181,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
 
+    import torch
     from accelerate import Accelerator
 
     from dataset import load_table
@@ -194,21 +200,24 @@ def main(argv: list[str] | None = None) -> None:
     train, valid = load_data(args, config)
     table = load_table(Path(args.data_dir) / args.embedding_filename, train.facts["table"])
     num_trainable = train.facts["seen_rows" if args.embedding_trainable else "own_rows"]
-    record = make_record(args, config, train, num_trainable, precision)
+    record = make_record(args, config, train, valid, num_trainable, precision)
 
     set_seed(args.seed)
     word_dropout = word_dropout_probabilities(train.word_counts(), args.word_dropout) if args.word_dropout else None
     model = build_model(config, len(train.labels), table, num_trainable, word_dropout, args.embedding_dropout)
-    if args.restore_path:
-        restore(model, load_checkpoint(args.restore_path), args.restore_path)
-    elif config["enc_class"] == "gnb":
-        fit_gaussian(model, train, args)
+    resumed = args.resume and Path(f"{args.save_path}.state").exists()
+    if args.resume and not resumed:
+        logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
+    if args.restore_path and not resumed:
+        restore(model, load_checkpoint(args.restore_path), record, args.restore_path)
+    elif config["enc_class"] == "gnb" and not resumed:
+        fit_gaussian(model, train)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     trainer = Trainer(model, train, valid, args, record, accelerator)
-    if args.resume and trainer.state_path.exists():
+    if resumed:
         trainer.load_state()
-    elif args.resume:
-        logger.info("[no %s to resume: beginning at the beginning]", trainer.state_path)
     logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
                 accelerator.device, precision, len(train), trainer.total_steps)
     best = trainer.fit()
@@ -218,8 +227,12 @@ def main(argv: list[str] | None = None) -> None:
     write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
 
 
-def restore(model: Any, checkpoint: dict[str, Any], path: str) -> None:
-    """Begin with another run's weights; they must fit one to one."""
+def restore(model: Any, checkpoint: dict[str, Any], record: dict[str, Any], path: str) -> None:
+    """Begin with another run's weights; they must fit one to one, and mean the same."""
+    for key in ("labels", "vocabulary"):
+        if checkpoint[key] != record[key]:
+            raise InputError(f"{path}: its {key} differ from those of the data; encode the data as for that run, or "
+                             "train without --restore_path.")
     try:
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, KeyError) as error:

@@ -76,7 +76,7 @@ def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch
     for batch in make_loader(data, BucketSampler(data.lengths, batch_size, shuffle=False)):
         batch = batch.to(device)
         logits = model(batch.input_ids, batch.attention_mask)
-        loss += criterion(logits, batch.targets).double().sum().cpu()
+        loss += criterion(logits, batch.targets).cpu().double().sum()  # not every device has doubles
         classes = batch.targets.argmax(-1) if data.has_logits else batch.targets
         correct += int((logits.argmax(-1) == classes).sum())
     return {"loss": loss.item() / len(data), "accuracy": correct / len(data)}
@@ -199,18 +199,16 @@ class Trainer:
 
     def save_state(self) -> None:
         """Write all that a resumed run needs to go on as if it had never stopped."""
-        state = {
-            **self.record,
-            "model": self.plain_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch},
-            "average": self.average.state_dict() if self.average else None,
-            "random": self._random_state(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "progress": {name: getattr(self, name) for name in _PROGRESS},
-        }
-        if self.finished:
-            state = {**self.record, "progress": state["progress"]}
+        state = {**self.record, "progress": {name: getattr(self, name) for name in _PROGRESS}}
+        if not self.finished:
+            state |= {
+                "model": self.plain_model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": {"last_epoch": self.scheduler.last_epoch},
+                "average": self.average.state_dict() if self.average else None,
+                "random": self._random_state(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
         save_checkpoint(state, self.state_path)
 
     def load_state(self) -> None:
@@ -220,10 +218,11 @@ class Trainer:
             InputError: that run had other flags, another config or other data.
         """
         state = load_checkpoint(self.state_path)
-        differing = [f"--{name}={value}" for name, value in state["flags"].items()
-                     if name in _DECISIVE and self.record["flags"].get(name) != value]
+        flags = self.record["flags"]
+        differing = [f"{name} {value} then, {flags.get(name)} now" for name, value in state["flags"].items()
+                     if name in _DECISIVE and flags.get(name) != value]
         if differing:
-            raise InputError(f"{self.state_path}: the run to resume had other flags ({' '.join(differing)}); "
+            raise InputError(f"{self.state_path}: the run to resume had other flags ({'; '.join(differing)}); "
                              "give the same ones, or start anew without --resume.")
         if state["identity"] != self.record["identity"]:
             raise InputError(f"{self.state_path}: the run to resume had another config or other data; "
@@ -260,9 +259,11 @@ class Trainer:
         if self.finished:
             logger.info("[%s is finished; nothing is left to resume]", self.args.save_path)
             return self.best
+        if not self.step:
+            self.save_state()  # so that --resume never finds another run's state in the place of this one's
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(Path(self.args.log_dir) / self.record["run_id"]))
+        self.writer = SummaryWriter(str(Path(self.args.log_dir) / self.record["run_id"]), purge_step=self.step + 1)
         started = time.time()
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
         try:

@@ -41,6 +41,7 @@ def setup_logging(log_path: str | None = None) -> None:
 def set_seed(seed: int) -> None:
     """Seed every generator that training draws from."""
     torch.manual_seed(seed)  # CUDA generators included
+    torch.backends.cudnn.deterministic = True
 
 
 # ------------------------------------------------------------------------------------------------------ the machine

@@ -131,7 +131,7 @@ def locked(part: Path) -> Iterator[IO[bytes]]:
             taken = False
         # Between open and flock another process may have given the file its final name.
         if taken or not still_at(part, file):
-            raise InputError(f"{part}: another process downloads to it; wait until it has ended.")
+            raise InputError(f"{part}: another process is downloading to it; wait until it has ended.")
         try:
             yield file
         finally:
@@ -203,7 +203,7 @@ def attempt_transfer(url: str, file: IO[bytes], path: Path, by_hand: str) -> Non
         else:
             # The whole file: the server knows no ranges, or has another version by now.
             if start:
-                say(f"{path.name}: the partial download cannot be gone on with, starting anew")
+                say(f"{path.name}: the partial download cannot be resumed, starting anew")
             file.truncate(0)
             start = 0
             write_note(url, part, version_of(response.headers))

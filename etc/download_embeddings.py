@@ -1,6 +1,6 @@
 """Fetch GloVe word vectors: download the zip file and unpack one table of it.
 
-Reads from the network. Writes embeddings/glove.6B.zip (862 MB, to be deleted by whoever needs no other table of it) and
+Reads from the network. Writes embeddings/glove.6B.zip (862 MB, delete it if you need no other table of it) and
 embeddings/NAME.txt, one word and its vector a line; files that are there already stay as they are.
 
     python etc/download_embeddings.py --name glove.6B.300d

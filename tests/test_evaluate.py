@@ -118,8 +118,9 @@ def test_punctuation_and_case_of_raw_text(raw: Place) -> None:
 
 
 def test_the_first_example_is_warm_up() -> None:
-    figures = evaluate.time_figures([5.0, 0.001, 0.003])
-    assert figures["mean_ms"] == pytest.approx(2.0) and evaluate.time_figures([2.0])["mean_ms"] == 2000.0
+    figures = evaluate.time_figures([5.0, 0.001, 0.003], 1)
+    assert figures["mean_ms"] == pytest.approx(2.0) and evaluate.time_figures([2.0], 1)["mean_ms"] == 2000.0
+    assert evaluate.time_figures([5.0, 5.0, 0.001, 0.003], 2)["mean_ms"] == pytest.approx(2.0)
 
 
 # --------------------------------------------------------------------------------------------------- unlabelled text

@@ -125,7 +125,7 @@ def test_cnn_equations(length: int, pads: int) -> None:
     expected = []
     for convolution in layer.convolutions:
         size = convolution.kernel_size[0]
-        starts = range(max(1, length - size + 1))
+        starts = range(1 - size, length)
         windows = [convolution_at(convolution.weight, convolution.bias, x, start) for start in starts]
         expected.append(torch.stack(windows).clamp(min=0).amax(0))
     close(layer(*with_pads(x, pads))[0], torch.cat(expected))
