@@ -47,38 +47,33 @@ def by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, 
 
 
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
-    """Accuracy, training seconds and milliseconds a sentence of each model on each data set.
+    """The accuracy of each model on each data set.
 
     Args:
         rows: of one recipe for each model and data set, in the order of the table.
     """
     cells = by_cell(rows)
     data_sets = list(dict.fromkeys(row["data_set"] for row in rows))
-    base = {row["data_set"]: row["ms"] for row in reversed(rows) if "setting" in row}  # of the first baseline
     table = []
     for model in dict.fromkeys(row["model"] for row in rows):
         line = [model]
         for data_set in data_sets:
             found = cells.get((model, data_set))
             if not found:
-                line += ["", "", ""]
+                line.append("")
                 continue
-            accuracy, seconds, ms = (statistics.mean(row[key] for row in found)
-                                     for key in ("accuracy", "train_seconds", "ms"))
+            accuracy = statistics.mean(row["accuracy"] for row in found)
             each = ", ".join(f"{100 * row['accuracy']:.2f}" for row in found)
-            times = f" ({ms / base[data_set]:.2g} x)" if data_set in base else ""
-            line += [f"{100 * accuracy:.2f}" + (f" ({each})" if len(found) > 1 else ""), f"{seconds:.1f}",
-                     f"{ms:.3f}{times}"]
+            line.append(f"{100 * accuracy:.2f}" + (f" ({each})" if len(found) > 1 else ""))
         table.append(line)
-    head = ["", *(f"{name}: {what}" for name in data_sets for what in ("accuracy %", "training s", "ms a sentence"))]
+    head = ["accuracy, %", *data_sets]
     return f"{markdown(head, table)}\n\n{caption(rows)}\n"
 
 
 def caption(rows: list[dict[str, Any]]) -> str:
     """What a reader of the accuracy table has to know."""
     said = ["Accuracy on test.txt, mean of the seeds (each in brackets); models and the baselines' settings were "
-            "chosen on valid.txt alone. Milliseconds are for raw text, one sentence at a time, in brackets as a "
-            f"multiple of TF-IDF's; {rows[0]['cores']} cores."]
+            f"chosen on valid.txt alone; {rows[0]['cores']} cores."]
     for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"]) for row in rows
                                if "embedding" in row}):
         if name == "none":
