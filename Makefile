@@ -26,7 +26,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) evaluate.py $(CONFIG) --model_path=$(MODEL)
 	@echo; echo "Three sentences, classified:"
 	@printf '%s\n' "could you wake me at half past six tomorrow" "how do you say good night in portuguese" \
-		"my neighbour painted his fence green" | $(RUN) evaluate.py --model_path=$(MODEL) --input_path=-
+		"the restaurant was too loud for a table of four" | $(RUN) evaluate.py --model_path=$(MODEL) --input_path=-
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n 2 -m "not real" --timeout=300
