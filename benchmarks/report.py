@@ -72,8 +72,8 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
 
 def caption(rows: list[dict[str, Any]]) -> str:
     """What a reader of the accuracy table has to know."""
-    said = ["Accuracy on test.txt, mean of the seeds (each in brackets); models and the baselines' settings were "
-            f"chosen on valid.txt alone; {rows[0]['cores']} cores."]
+    said = ["Accuracy on test.txt, mean of the seeds (each in brackets); each run's checkpoint and the baselines' "
+            f"settings were chosen on valid.txt; {rows[0]['cores']} cores."]
     for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"]) for row in rows
                                if "embedding" in row}):
         if name == "none":
