@@ -364,8 +364,8 @@ class Trainer:
             self.history.append(point)
             better = self._is_better(metrics)
             if better:
+                self.gained |= not self._is_tie(metrics)
                 self.best = point
-                self.gained = True
                 save_checkpoint({**self.record, "metrics": point, "model": self.plain_model.state_dict()},
                                 self.args.save_path)
         if end_of_epoch:
@@ -380,9 +380,17 @@ class Trainer:
     def _is_better(self, metrics: dict[str, float]) -> bool:
         if not self.best:
             return True
-        if self.args.measure == "accuracy":  # ties are decided by the loss
-            return (metrics["accuracy"], -metrics["loss"]) > (self.best["valid_accuracy"], -self.best["valid_loss"])
-        return metrics["loss"] < self.best["valid_loss"]
+        if self.args.measure == "loss":
+            return metrics["loss"] < self.best["valid_loss"]
+        return metrics["accuracy"] > self.best["valid_accuracy"] or self._is_tie(metrics)
+
+    def _is_tie(self, metrics: dict[str, float]) -> bool:
+        """As accurate as the best so far: the later model is kept, yet it is no gain that patience counts.
+
+        A small valid file is soon answered as well as it ever will be, while training goes on to help other data; the
+        loss does not break such ties well, since it punishes confidence, which grows with training.
+        """
+        return self.args.measure == "accuracy" and metrics["accuracy"] == self.best.get("valid_accuracy")
 
     def _report(self, point: dict[str, float], better: bool, bar: tqdm) -> None:
         bar.set_postfix(valid=f"{point['valid_accuracy']:.4f}", refresh=False)
