@@ -83,9 +83,10 @@ ENCODER_KEYS: dict[str, dict[str, Key]] = {
 
 CRITERIA = ("CrossEntropyLoss", "LabelSmoothingCrossEntropy", "MSELoss", "KLDivLoss")
 
-# Settings of train.py that a config may carry: the recipe that goes with the model.
+# Settings of train.py and preprocess.py that a config may carry: the recipe that goes with the model.
 _RATE = _number(0, 1, required=False)
 TRAINING_KEYS: dict[str, Key] = {
+    "oov_scale": _number(0, 1e3, required=False),
     "lr": _RATE,
     "embedding_lr": _RATE,
     "batch_size": _OPTIONAL_POSITIVE,

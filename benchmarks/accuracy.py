@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from arguments import load_config
 from benchmarks.report import provenance
-from text import InputError, Lines
+from text import InputError, Lines, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ CONFIGS = {
     "densenet-cnn": "configs/config-densenet-cnn.json",
     "densenet-dsa": "configs/config-densenet-dsa.json",
 }
-ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set
+ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
 # Snips: titles and names decide, so their words are worth knowing, and training goes on past what valid can show.
 SNIPS = ("--embedding_trainable --embedding_lr=3e-3 --word_dropout=0 --token_dropout=0.1 --rdrop=4 --epoch=8 "
          "--measure=last")
@@ -73,13 +73,18 @@ def run_stage(script: str, *flags: str) -> None:
         raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
 
 
-def encode(source: Path, folder: Path, config: str, embedding_path: str, *flags: str) -> None:
-    """Copy a data set into `folder` and encode it there."""
-    folder.mkdir(parents=True)
+def copy_splits(source: Path, folder: Path) -> None:
+    """Copy a data set's raw text into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         if not (source / name).is_file():
             raise InputError(f"{source / name}: no such file; fetch data sets with python etc/download_datasets.py.")
         shutil.copyfile(source / name, folder / name)
+
+
+def encode(source: Path, folder: Path, config: str, embedding_path: str, *flags: str) -> None:
+    """Copy a data set into `folder` and encode it there."""
+    copy_splits(source, folder)
     run_stage("preprocess.py", f"--config={config}", f"--data_dir={folder}", f"--embedding_path={embedding_path}",
               *flags)
 
@@ -117,10 +122,11 @@ def measure_accuracy(plan: Plan, folder: Path) -> None:
     for place in plan.data_sets:
         source = Path(place) if os.sep in place else Path("data", place)
         data = folder / source.name
-        encode(source, data, CONFIGS["cnn"], plan.embedding_path, *ENCODING.get(source.name, "").split())
-        facts = encoded_facts(data)
-        vectors = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
+        copy_splits(source, data)
         for model in plan.models:
+            encode(source, data, CONFIGS[model], plan.embedding_path, *ENCODING.get(source.name, "").split())
+            facts = encoded_facts(data)
+            vectors = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
             recipe, seeds = RECIPES.get((source.name, model), ("", [1]))
             flags = [*recipe.split(), *plan.train_flags.split()]
             config = load_config(CONFIGS[model])
@@ -133,7 +139,7 @@ def measure_accuracy(plan: Plan, folder: Path) -> None:
         for name, (fit, settings) in BASELINES.items():
             settings = settings[: plan.settings]
             key = {"data_set": source.name, "model": name, "seed": 0,
-                   "recipe": digest(json.dumps([settings, facts["texts"]])),
+                   "recipe": digest(json.dumps([settings, [sha256(data / name) for name in SPLITS]])),
                    "code": digest(inspect.getsource(fit) + inspect.getsource(tune))}
             finish(plan, key, {}, partial(tune, fit, settings, data))
 
