@@ -95,12 +95,11 @@ TRAINING_KEYS: dict[str, Key] = {
     "warmup_ratio": _number(0, 1, required=False),
     "weight_decay": _number(0, 1e3, required=False),
     "word_dropout": _number(0, 1e6, required=False),
-    "token_dropout": _number(0, 0.99, required=False),
     "embedding_dropout": _number(0, 0.99, required=False),
     "rdrop": _number(0, 1e6, required=False),
     "ema_decay": _number(0, 0.99999, required=False),
     "criterion": Key(lambda v: v in CRITERIA, " or ".join(CRITERIA), required=False),
-    "measure": Key(lambda v: v in ("loss", "accuracy", "last"), "loss, accuracy or last", required=False),
+    "measure": Key(lambda v: v in ("loss", "accuracy"), "loss or accuracy", required=False),
     "embedding_trainable": Key(lambda v: isinstance(v, bool), "true or false", required=False),
 }
 

@@ -247,7 +247,8 @@ def training_rate(config: dict[str, Any], flags: dict[str, Any], folder: Path, t
     device = choose_device(flags["device"])
     train = PaddedData(folder / "train.txt.ids")
     set_seed(flags["seed"])
-    word_dropout = word_dropout_probabilities(train.word_counts(), flags["word_dropout"], flags["token_dropout"])
+    alpha = flags["word_dropout"]
+    word_dropout = word_dropout_probabilities(train.word_counts(), alpha) if alpha else None
     model = build_model(config, len(train.labels), table, train.facts["seen_rows"], word_dropout,
                         flags["embedding_dropout"])
     AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process

@@ -162,20 +162,18 @@ class WordEmbedding(nn.Module):
         return self.dropout(x).masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
-def word_dropout_probabilities(counts: Tensor, alpha: float, uniform: float = 0.0) -> Tensor:
+def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
     """Rare words are dropped most: alpha / (alpha + count), so that <unk> learns what unknown words are like.
 
-    From Kiperwasser and Goldberg 2016 (arXiv 1603.04351, section 4), who took alpha = 0.25. And all words alike, so
-    that no single one decides (Iyyer et al. 2015, https://aclanthology.org/P15-1162, section 3).
+    From Kiperwasser and Goldberg 2016 (arXiv 1603.04351, section 4), who took alpha = 0.25.
 
     Args:
         counts: how often each row of the table occurs in the training data, [N].
-        uniform: the probability on top of that.
 
     Returns:
         The probability of each row, and 0 for all later ones, [N + 1].
     """
-    probabilities = 1.0 - (1.0 - alpha / (alpha + counts.clamp(min=1).float())) * (1.0 - uniform)
+    probabilities = alpha / (alpha + counts.float())
     probabilities[counts == 0] = 0.0  # <pad>, and words that training does not meet
     return F.pad(probabilities, (0, 1))
 

@@ -59,9 +59,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                         help="steps between evaluations, beside the one at each epoch's end (default: 500)")
     course.add_argument("--patience", type=positive_int, default=7,
                         help="epochs without a gain on valid after which training stops (default: 7)")
-    course.add_argument("--measure", choices=("loss", "accuracy", "last"), default="loss",
-                        help="what the model that is kept has the best of, on valid; of equals in accuracy the later "
-                             "is kept; last: the newest whatever valid says, to the schedule's end (default: loss)")
+    course.add_argument("--measure", choices=("loss", "accuracy"), default="loss",
+                        help="what the best model has the best of, on valid; of equals in accuracy the last is kept "
+                             "(default: loss)")
     course.add_argument("--seed", type=natural_int, default=42, help="(default: 42)")
 
     optimizer = parser.add_argument_group("optimizer")
@@ -85,8 +85,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     loss.add_argument("--word_dropout", type=number(), default=0.0, metavar="ALPHA",
                       help="training reads <unk> in place of a word that occurs N times with the probability "
                            "ALPHA / (ALPHA + N) (default: 0.0)")
-    loss.add_argument("--token_dropout", type=number(0, 1, below=True), default=0.0, metavar="P",
-                      help="training reads <unk> in place of any word with this probability (default: 0.0)")
     loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
                       help="dropout on word vectors (default: 0.0)")
     loss.add_argument("--rdrop", type=number(), default=0.0, metavar="WEIGHT",
@@ -206,9 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     record = make_record(args, config, train, valid, num_trainable, precision)
 
     set_seed(args.seed)
-    word_dropout = None
-    if args.word_dropout or args.token_dropout:
-        word_dropout = word_dropout_probabilities(train.word_counts(), args.word_dropout, args.token_dropout)
+    word_dropout = word_dropout_probabilities(train.word_counts(), args.word_dropout) if args.word_dropout else None
     model = build_model(config, len(train.labels), table, num_trainable, word_dropout, args.embedding_dropout)
     resumed = args.resume and Path(f"{args.save_path}.state").exists()
     if args.resume and not resumed:

@@ -380,8 +380,6 @@ class Trainer:
     def _is_better(self, metrics: dict[str, float]) -> bool:
         if not self.best:
             return True
-        if self.args.measure == "last":
-            return True
         if self.args.measure == "loss":
             return metrics["loss"] < self.best["valid_loss"]
         return metrics["accuracy"] > self.best["valid_accuracy"] or self._is_tie(metrics)
@@ -410,5 +408,4 @@ _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epo
 _DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
              "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
              "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
-             "class_weights", "word_dropout", "token_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
-             "restore_path")
+             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision", "restore_path")

@@ -147,7 +147,6 @@ def test_flag_beats_config_beats_default(tmp_path: Path, in_config: dict, flags:
     ("batch_size", 7, "--batch_size=9", 9), ("epoch", 3, "--epoch=5", 5), ("patience", 2, "--patience=1", 1),
     ("embedding_lr", 0.1, "--embedding_lr=0", 0.0), ("warmup_ratio", 0.1, "--warmup_ratio=0", 0.0),
     ("weight_decay", 0.3, "--weight_decay=0", 0.0), ("word_dropout", 0.3, "--word_dropout=0", 0.0),
-    ("token_dropout", 0.3, "--token_dropout=0.1", 0.1),
     ("embedding_dropout", 0.3, "--embedding_dropout=0.1", 0.1), ("ema_decay", 0.9, "--ema_decay=0", 0.0),
     ("measure", "accuracy", "--measure=loss", "loss"), ("embedding_trainable", True, "--no-embedding_trainable", False),
     ("criterion", "LabelSmoothingCrossEntropy", "--criterion=CrossEntropyLoss", "CrossEntropyLoss")])

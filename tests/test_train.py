@@ -185,8 +185,7 @@ def test_a_finished_run_has_nothing_to_resume(encoded: Place) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--lr=0.5", "--seed=7", "--batch_size=9", "--epoch=9", "--measure=accuracy",
-                                  "--ema_decay=.5", "--token_dropout=.1", "--eval_and_save_steps=3",
-                                  "--embedding_trainable",
+                                  "--ema_decay=.5", "--eval_and_save_steps=3", "--embedding_trainable",
                                   "--max_train_steps=3", "--criterion=LabelSmoothingCrossEntropy",
                                   "--gradient_accumulation_steps=2"])
 def test_resume_with_other_flags(encoded: Place, flag: str) -> None:
