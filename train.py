@@ -59,9 +59,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                         help="steps between evaluations, beside the one at each epoch's end (default: 500)")
     course.add_argument("--patience", type=positive_int, default=7,
                         help="epochs without a gain on valid after which training stops (default: 7)")
-    course.add_argument("--measure", choices=("loss", "accuracy"), default="loss",
-                        help="what the best model has the best of, on valid; of equals in accuracy the last is kept "
-                             "(default: loss)")
+    course.add_argument("--measure", choices=("loss", "accuracy", "last"), default="loss",
+                        help="what the model that is kept has the best of, on valid; of equals in accuracy the later "
+                             "is kept; last: the newest whatever valid says, to the schedule's end (default: loss)")
     course.add_argument("--seed", type=natural_int, default=42, help="(default: 42)")
 
     optimizer = parser.add_argument_group("optimizer")

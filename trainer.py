@@ -380,6 +380,8 @@ class Trainer:
     def _is_better(self, metrics: dict[str, float]) -> bool:
         if not self.best:
             return True
+        if self.args.measure == "last":
+            return True
         if self.args.measure == "loss":
             return metrics["loss"] < self.best["valid_loss"]
         return metrics["accuracy"] > self.best["valid_accuracy"] or self._is_tie(metrics)

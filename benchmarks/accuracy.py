@@ -44,8 +44,9 @@ CONFIGS = {
     "densenet-dsa": "configs/config-densenet-dsa.json",
 }
 ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
-# Snips: titles and names decide, so their words are worth knowing, and training goes on past what valid can show.
-SNIPS = "--embedding_trainable --embedding_lr=3e-3 --word_dropout=0 --rdrop=4 --epoch=8 --measure=accuracy"
+# Snips: titles and names decide, so their words are worth knowing. Its valid file holds few of these sentences and
+# cannot tell one epoch from the next: the schedule is gone through to its end.
+SNIPS = "--embedding_trainable --embedding_lr=3e-3 --word_dropout=0 --rdrop=4 --epoch=8 --measure=last"
 SST2 = "--embedding_trainable --epoch=1 --embedding_lr=3e-3 --rdrop=2"  # its phrases repeat: one pass is enough
 RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
     ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),

@@ -285,7 +285,7 @@ def run(made: Trainer) -> Trainer:
 COURSE = [(0.9, 0.5), (0.5, 0.6), (0.7, 0.8), (0.8, 0.8), (0.6, 0.7), (0.5, 0.6)]
 
 
-@pytest.mark.parametrize(("measure", "epoch"), [("loss", 2), ("accuracy", 4)])
+@pytest.mark.parametrize(("measure", "epoch"), [("loss", 2), ("accuracy", 4), ("last", 6)])
 def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPatch, measure: str, epoch: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--measure={measure}"))
@@ -294,7 +294,7 @@ def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("patience", "measure", "last"), [
-    (1, "loss", 3), (2, "loss", 4), (2, "accuracy", 5), (9, "loss", 6)])
+    (1, "loss", 3), (2, "loss", 4), (2, "accuracy", 5), (9, "loss", 6), (1, "last", 6)])
 def test_patience(encoded: Place, monkeypatch: pytest.MonkeyPatch, patience: int, measure: str, last: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--patience={patience}", f"--measure={measure}"))
