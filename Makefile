@@ -22,7 +22,7 @@ $(VENV)/.installed-dev: requirements.txt requirements-dev.txt
 
 quickstart: $(VENV)/.installed
 	$(RUN) preprocess.py $(CONFIG) --embedding_path=none
-	$(RUN) train.py $(CONFIG) --save_path=$(MODEL) --epoch=8
+	$(RUN) train.py $(CONFIG) --save_path=$(MODEL)
 	$(RUN) evaluate.py $(CONFIG) --model_path=$(MODEL)
 	@echo; echo "Three sentences, classified:"
 	@printf '%s\n' "could you wake me at half past six tomorrow" "how do you say good night in portuguese" \
