@@ -1,5 +1,6 @@
 # make quickstart    install, then train and try a classifier on data/sample
-# make test          the tests; make test-real: those on the real data sets and vectors
+# make test          the tests; make test-real: those on the real data sets and vectors;
+#                    make test-matrix: every transformer architecture through the stages
 # make lint          ruff and mypy
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ RUN := $(VENV)/bin/python
 MODEL := pytorch-model-quickstart.pt
 CONFIG := --config=configs/config-glove-cnn.json --data_dir=data/sample
 
-.PHONY: quickstart test test-real lint
+.PHONY: quickstart test test-real test-matrix lint
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +30,10 @@ quickstart: $(VENV)/.installed
 		"the restaurant was too loud for a table of four" | $(RUN) evaluate.py --model_path=$(MODEL) --input_path=-
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest -n 2 -m "not real" --timeout=300
+	$(RUN) -m pytest -n 2 -m "not real and not matrix" --timeout=300
+
+test-matrix: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n 2 -m matrix -v
 
 test-real: $(VENV)/.installed-dev
 	$(RUN) -m pytest -m real

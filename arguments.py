@@ -62,7 +62,10 @@ _DENSENET = {
 
 # Keys by what asks for them: every config, an embedding class, an encoder class.
 COMMON_KEYS = {"n_ctx": _POSITIVE, "dropout": _number(0, 0.99)}
+TRANSFORMERS = ("bert", "distilbert", "roberta", "bart", "gpt")
 EMBEDDING_KEYS: dict[str, dict[str, Key]] = {
+    **{name: {} for name in TRANSFORMERS},  # which architecture it is, the model's own config says
+    "bart": {"use_kobart": Key(_BOOL.check, _BOOL.says, required=False)},
     "glove": {
         "lowercase": _BOOL,
         "token_emb_dim": _POSITIVE,
@@ -75,6 +78,7 @@ EMBEDDING_KEYS: dict[str, dict[str, Key]] = {
 }
 ENCODER_KEYS: dict[str, dict[str, Key]] = {
     "gnb": {},
+    "cls": {},
     "cnn": {**_CNN, "fc_hidden_size": _POSITIVE},
     "densenet-cnn": {**_DENSENET, **_CNN, "fc_hidden_size": _OPTIONAL_POSITIVE},
     "densenet-dsa": {**_DENSENET, "dsa_num_attentions": _POSITIVE, "dsa_dim": _POSITIVE, "dsa_r": _POSITIVE,
@@ -102,6 +106,11 @@ TRAINING_KEYS: dict[str, Key] = {
     "measure": Key(lambda v: v in ("loss", "accuracy", "last"), "loss, accuracy or last", required=False),
     "embedding_trainable": Key(lambda v: isinstance(v, bool), "true or false", required=False),
 }
+
+
+def encoded_kind(config: dict[str, Any]) -> str:
+    """The kind of encoded data, which is their files' ending: "fs", a transformer's subword tokens, or "ids", words."""
+    return "fs" if config["emb_class"] in TRANSFORMERS else "ids"
 
 
 def load_config(path: str) -> dict[str, Any]:
@@ -147,6 +156,9 @@ def check_config(config: dict[str, Any], path: str) -> None:
             problems.append(f"{key} is {json.dumps(value)} and must be one of {', '.join(registry)}")
         else:
             allowed.update(registry[value])
+    if not problems and config["enc_class"] == "cls" and encoded_kind(config) != "fs":
+        problems.append("enc_class cls reads a transformer's classification token, and words have none; take gnb, cnn, "
+                        "densenet-cnn or densenet-dsa")
     if not problems:
         allowed.update(TRAINING_KEYS)
         for key in config:
@@ -219,6 +231,11 @@ def _ranged_int(text: str, low: int) -> int:
     return value
 
 
+def number_list(text: str) -> list[int]:
+    """A flag's value that must be whole numbers separated by commas."""
+    return [natural_int(part) for part in text.split(",")]
+
+
 def number(low: float = 0.0, high: float = float("inf"), below: bool = False) -> Callable[[str], float]:
     """A checker for a flag's value that must be a number from `low` to `high` (`below`: less than `high`)."""
 
@@ -248,6 +265,12 @@ def add_data_dir_flag(group: argparse._ArgumentGroup, default: str | None = "dat
     group.add_argument("--data_dir", default=default,
                        help=f"folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them "
                             f"(default: {said})")
+
+
+def add_bert_flag(group: argparse._ArgumentGroup, default: str = "bert-base-uncased") -> None:
+    """--bert_model_name_or_path."""
+    group.add_argument("--bert_model_name_or_path", default=default,
+                       help="the pretrained transformer: a folder or a hub name (default: %(default)s)")
 
 
 def add_device_flag(group: argparse._ArgumentGroup) -> None:

@@ -32,7 +32,7 @@ DTYPES = {
     }.items()
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-IDS_FORMAT = "ids-1"  # of the files that preprocess.py writes and dataset.py reads
+ENCODED_FORMAT = "encoded-2"  # of the files that preprocess.py writes and dataset.py reads
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors library's own
 
 

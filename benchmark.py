@@ -1,10 +1,10 @@
 """Measure the toolkit: speed, memory and accuracy, as tables and a picture.
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
-Writes  RESULTS/speed.json, vectors.json, memory.json, accuracy.json and accuracy.png; Markdown tables on standard
-        output.
+Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, accuracy.json and accuracy.png; Markdown tables
+        on standard output.
 
-    python benchmark.py                     speed, vectors and memory: minutes, on an otherwise idle machine
+    python benchmark.py                     speed, vectors, memory and finetune: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
     python benchmark.py table               print again what RESULTS holds
@@ -18,47 +18,25 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from arguments import Parser, add_config_flag, add_data_dir_flag, did_you_mean, natural_int
+from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int
 from benchmarks.accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
-from benchmarks.report import GLOVE_WORDS, accuracy_table, draw_accuracy, figures_table, provenance
+from benchmarks.finetune import measure_finetuning
+from benchmarks.measure import SMALL, Sizes, figure, interleave, launch, training_rate
+from benchmarks.report import accuracy_table, draw_accuracy, figures_table, provenance
 from text import InputError, fail_cleanly
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is measured."""
-
-    rounds: int = 3
-    warm_up_steps: int = 5
-    bucketed_steps: int = 0  # 0: an epoch
-    padded_steps: int = 30  # all alike, so that fewer will do
-    tables: tuple[int, int] = (GLOVE_WORDS, 20_000)
-    words: int = GLOVE_WORDS
-    dimension: int = 300
-    lines: tuple[int, int] = (1_000_000, 5_000_000)
-    vocabulary: int = 20_000
-    train_flags: str = ""  # for the models of the accuracy table
-    settings: int = 1000  # at most, that a baseline tries
-
-
-SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
-              lines=(300, 1500), vocabulary=100, train_flags="--epoch=1 --max_train_steps=3", settings=2)
 
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +52,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
+    add_bert_flag(parser.add_argument_group("finetune"), "embeddings/all-MiniLM-L6-v2")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
                           help="folders, by path or by their name under data/ (default: snips sst2)")
@@ -81,6 +60,9 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
                           help=f"(default: {' '.join(CONFIGS)})")
     accuracy.add_argument("--seeds", nargs="+", type=natural_int,
                           help="(default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
+    accuracy.add_argument("--folds", type=natural_int, default=0,
+                          help="to compare recipes: hold out so many folds of the training file in turn and test on "
+                               "them in the place of test.txt, with the fold's number as the seed (default: 0)")
     accuracy.add_argument("--force", action="store_true", help="run again what is finished")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for the tests
     args = parser.parse_args(argv)
@@ -93,59 +75,6 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------- what measures need
-
-
-# A process's peak memory counts that of the process which started it, here perhaps one that holds torch and a model.
-# So a small one stands between.
-LAUNCHER = """
-import json, resource, subprocess, sys, time
-start = time.perf_counter()
-done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
-peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak, "output": done.stdout}))
-sys.exit(done.returncode)
-"""
-
-
-def launch(*command: str) -> tuple[float, float, str]:
-    """Run Python with `command`. Returns its seconds, its peak resident memory in MB, and its standard output."""
-    done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    if done.returncode:
-        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
-    result = json.loads(done.stdout)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return result["seconds"], result["peak"] * unit / 1e6, result["output"]
-
-
-def interleave(sides: dict[str, Callable[[], float]], rounds: int, warm_up: bool) -> dict[str, list[float]]:
-    """Measure all sides in turn, round after round, so that a slow minute of the machine meets all of them.
-
-    Args:
-        warm_up: do one more round first, which does not count.
-    """
-    measured: dict[str, list[float]] = {name: [] for name in sides}
-    with tqdm(total=(rounds + warm_up) * len(sides), unit="run", disable=None) as bar:
-        for number in range(rounds + warm_up):
-            for name, measure in sides.items():
-                bar.set_description(name)
-                value = measure()
-                bar.update()
-                if number or not warm_up:
-                    measured[name].append(value)
-    return measured
-
-
-def figure(measured: str, ratio: float, aim: str, beside: str) -> dict[str, Any]:
-    """A row of a table of ratios. `aim` is "", ">= X" or "<= X"."""
-    met = None
-    if aim:
-        sign, limit = aim.split()
-        met = ratio >= float(limit) if sign == ">=" else ratio <= float(limit)
-    return {"measured": measured, "ratio": ratio, "aim": aim, "met": met, "beside": beside}
-
-
 # ------------------------------------------------------------------------------------------------------------ speed
 
 
@@ -154,6 +83,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from dataset import EncodedData, load_table
+    from model import WordEmbedding, build_model, word_dropout_probabilities
     from util import choose_device, choose_precision
 
     sizes: Sizes = args.sizes
@@ -175,7 +105,13 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
               f"precision auto: {precision}"]
 
     def rate(table: torch.Tensor, precision: str, padded: bool = False) -> float:
-        return training_rate(config, flags, folder / "data", table, precision, n_ctx if padded else 0, sizes)
+        def make() -> Any:
+            alpha = flags["word_dropout"]
+            dropped = word_dropout_probabilities(data.word_counts(), alpha) if alpha else None
+            embedding = WordEmbedding(table, data.facts["seen_rows"], dropped, flags["embedding_dropout"])
+            return build_model(config, len(data.labels), embedding)
+
+        return training_rate(make, flags, data.path, precision, n_ctx if padded else 0, sizes)
 
     table = load_table(folder / "data" / "embedding.npy", data.facts["table"])
     base = "fp32, padded to n_ctx"
@@ -212,60 +148,6 @@ def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
         notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
         vectors = "none"
     return source, vectors, notes
-
-
-def training_rate(config: dict[str, Any], flags: dict[str, Any], folder: Path, table: Any, precision: str, pad_to: int,
-                  sizes: Sizes) -> float:
-    """Sentences a second of the Trainer's own epoch, without evaluation and files, for a fresh model.
-
-    Args:
-        flags: as train.py resolved them.
-        pad_to: pad all batches to so many positions; 0: each to its longest sentence.
-    """
-    import torch.nn.functional as F
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    from dataset import Batch, EncodedData
-    from model import build_model, word_dropout_probabilities
-    from trainer import Trainer
-    from util import choose_device, set_seed
-
-    class PaddedData(EncodedData):
-        def __getitems__(self, indices: Any) -> Batch:
-            batch = super().__getitems__(indices)
-            missing = max(0, pad_to - batch.input_ids.shape[1])
-            return Batch(F.pad(batch.input_ids, (0, missing)), F.pad(batch.attention_mask, (0, missing)), batch.targets)
-
-    class TimedTrainer(Trainer):
-        sentences = 0
-
-        def evaluate_and_save(self, bar: Any, end_of_epoch: bool = False) -> None:
-            self.sentences += self.loss_count
-            self.loss_sum, self.loss_count = 0.0, 0
-
-    device = choose_device(flags["device"])
-    train = PaddedData(folder / "train.txt.ids")
-    set_seed(flags["seed"])
-    alpha = flags["word_dropout"]
-    word_dropout = word_dropout_probabilities(train.word_counts(), alpha) if alpha else None
-    model = build_model(config, len(train.labels), table, train.facts["seen_rows"], word_dropout,
-                        flags["embedding_dropout"])
-    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
-    try:
-        trainer = TimedTrainer(model, train, train, argparse.Namespace(**flags), {},
-                               Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
-        with tqdm(unit="step", leave=False, disable=None) as bar:
-            trainer.total_steps = sizes.warm_up_steps
-            trainer.train_epoch(bar)
-            trainer.sentences = 0
-            steps = sizes.padded_steps if pad_to else sizes.bucketed_steps
-            trainer.total_steps = trainer.step + (steps or len(trainer.sampler))
-            start = time.perf_counter()
-            trainer.train_epoch(bar)
-            return trainer.sentences / (time.perf_counter() - start)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- vectors
@@ -387,7 +269,7 @@ def generate_corpus(path: Path, lines: int, vocabulary: int) -> None:
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
-    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory,
+    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "finetune": measure_finetuning,
 }
 VERBS = (*MEASURES, "accuracy", "table")
 
@@ -431,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         with scratch(args, name) as folder:
             if name == "accuracy":
                 plan = Plan(Path(args.results), args.command, args.data_sets, args.models, args.seeds,
-                            args.embedding_path, args.force, args.sizes.train_flags, args.sizes.settings)
+                            args.embedding_path, args.force, args.folds, args.sizes.train_flags, args.sizes.settings)
                 measure_accuracy(plan, folder)
             else:
                 from util import write_json

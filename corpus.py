@@ -54,7 +54,7 @@ class SplitReport:
             f"[{self.name}] {self.sentences} sentences, {self.words} words; words a sentence: "
             f"mean {self.words / self.sentences:.2f}, median {self.median_length()}, "
             f"min {min(self.lengths)}, max {max(self.lengths)}",
-            f"[{self.name}] words without a row in the vocabulary: {self.unknown_words} "
+            f"[{self.name}] words that the vocabulary lacks: {self.unknown_words} "
             f"({self.unknown_words / self.words:.2%})",
         ]
         if self.labels:
@@ -91,9 +91,10 @@ class Repeats:
         """Begin with the next file."""
         self.names.append(name)
 
-    def add(self, words: list[str], line: int, label: int) -> None:
-        """Take in a sentence of the current file; label -1 where there is none."""
-        digest = hashlib.blake2b("\0".join(words).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    def add(self, sentence: str, line: int, label: int) -> None:
+        """Take in a sentence of the current file; case and blanks do not matter. Label -1 where there is none."""
+        words = " ".join(sentence.lower().split())
+        digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         self._pending.append((int.from_bytes(digest, "little"), line, label, len(self.names) - 1))
         if len(self._pending) >= 1 << 16:
             self._flush()

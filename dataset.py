@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from arrays import IDS_FORMAT, fingerprint, open_arrays
+from arrays import ENCODED_FORMAT, fingerprint, open_arrays
 from text import InputError, Labels, sha256
 
 
@@ -42,6 +43,11 @@ class Batch:
         targets = None if self.targets is None else self.targets.to(device, non_blocking=non_blocking)
         return Batch(self.input_ids.to(device, non_blocking=non_blocking),
                      self.attention_mask.to(device, non_blocking=non_blocking), targets)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory from which a GPU copies while it computes."""
+        targets = None if self.targets is None else self.targets.pin_memory()
+        return Batch(self.input_ids.pin_memory(), self.attention_mask.pin_memory(), targets)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -76,7 +82,7 @@ class EncodedData(Dataset):
             raise InputError(f"{path}: no such file; run preprocess.py{more} with the same --config and --data_dir "
                              "first.")
         arrays, metadata = open_arrays(path)
-        if metadata.get("format") != IDS_FORMAT or not {"token_ids", "offsets"} < set(arrays):
+        if metadata.get("format") != ENCODED_FORMAT or not {"token_ids", "offsets"} < set(arrays):
             raise InputError(f"{path}: not encoded by this version of preprocess.py; run it again.")
         self.path = path
         self.facts: dict[str, Any] = json.loads(metadata["facts"])
@@ -163,9 +169,21 @@ class BucketSampler(Sampler[list[int]]):
             yield batch.tolist()
 
 
-def make_loader(data: EncodedData, sampler: BucketSampler) -> DataLoader:
-    """A loader of the sampler's batches that leaves torch's global random state alone (a resumed run needs it so)."""
-    return DataLoader(data, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())
+def make_loader(data: EncodedData, sampler: BucketSampler, pin_memory: bool = False) -> Iterator[Batch]:
+    """The sampler's batches, each assembled while the one before it is computed.
+
+    Torch's global random state is left alone (a resumed run needs it so).
+
+    Args:
+        pin_memory: for asynchronous copies to a GPU.
+    """
+    loader = iter(DataLoader(data, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
+                             pin_memory=pin_memory))
+    with ThreadPoolExecutor(1) as worker:
+        waiting = worker.submit(next, loader, None)
+        while (batch := waiting.result()) is not None:
+            waiting = worker.submit(next, loader, None)
+            yield batch
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """Measure a trained classifier, or classify new text with it: the third stage.
 
-Reads   MODEL_PATH and DATA_DIR/test.txt with its encoding test.txt.ids; or raw text.
+Reads   MODEL_PATH and DATA_DIR/test.txt with its encoding test.txt.ids or test.txt.fs; or raw text.
 Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB prediction,
         MODEL_PATH.test.json (results) and MODEL_PATH.confusion.png.
 
@@ -33,7 +33,7 @@ from arguments import (
     natural_int,
     positive_int,
 )
-from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly
+from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, text_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add_config_flag(files, None)
     add_data_dir_flag(files, None)
     files.add_argument("--model_path", default="pytorch-model.pt", help="the checkpoint (default: %(default)s)")
+    files.add_argument("--bert_output_dir", help="a transformer's saved folder, checked to be of the same run")
     what = parser.add_argument_group("what to do")
     what.add_argument("--enable_inference", action="store_true",
                       help="from raw text, one sentence at a time, with tokenization in the measured time")
@@ -86,7 +87,6 @@ def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predi
     import torch
 
     from model import load_classifier
-    from text import WordTokenizer
     from util import choose_device, load_checkpoint
 
     if args.num_threads:
@@ -94,9 +94,11 @@ def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predi
     checkpoint = load_checkpoint(args.model_path)
     if config is not None:
         check_same_model(config, checkpoint["config"], args)
+    if args.bert_output_dir:
+        check_same_run(args, checkpoint)
     device = choose_device(args.device)
     model = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
-    tokenizer = WordTokenizer(checkpoint["vocabulary"], checkpoint["facts"])
+    tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
     return Predictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
 
 
@@ -108,6 +110,17 @@ def check_same_model(config: dict[str, Any], trained: dict[str, Any], args: argp
     if differing:
         raise InputError(f"{args.config}: not the config of {args.model_path}: {'; '.join(differing)}. "
                          "Give the one that it was trained with, or none.")
+
+
+def check_same_run(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Refuse a --bert_output_dir that another run wrote; the checkpoint itself holds all the weights."""
+    from transformer import RUN_ID, saved_fact
+
+    run = saved_fact(args.bert_output_dir, RUN_ID)
+    if run != checkpoint["run_id"]:
+        raise InputError(f"{args.bert_output_dir}: {f'of run {run}' if run else 'not written by train.py'}, and "
+                         f"{args.model_path} is of run {checkpoint['run_id']}; give the folder of the same "
+                         "run, or none.")
 
 
 def evaluate_encoded(predictor: Predictor, data: Any, batch_size: int, count: int) -> tuple[np.ndarray, list[float]]:
@@ -274,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         sentences, written, targets = read_examples(source, predictor.labels, args.skip_bad_lines, args.num_examples)
         probabilities, seconds = evaluate_raw(predictor, sentences)
     else:
-        data = EncodedData(folder / "test.txt.ids")
+        data = EncodedData(folder / f"test.txt.{checkpoint['facts']['kind']}")
         check_same_data(data, checkpoint, args)
         sentences, written, targets = read_examples(source, predictor.labels, data.facts["skip_bad_lines"],
                                                     args.num_examples)
@@ -306,7 +319,7 @@ def check_same_data(data: Any, checkpoint: dict[str, Any], args: argparse.Namesp
                          f"{args.model_path} ({', '.join(checkpoint['labels'])}).")
     for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
                        ("n_ctx", "n_ctx")):
-        if data.facts[fact] != checkpoint["facts"][fact]:
+        if data.facts.get(fact) != checkpoint["facts"].get(fact):
             raise InputError(f"{data.path}: encoded with another {what} than {args.model_path} was trained with; run "
                              "preprocess.py as for that model, or evaluate raw text with --enable_inference.")
 

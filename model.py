@@ -8,6 +8,7 @@ maximum, sum, softmax or convolution, so that a sentence's logits do not depend 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 from collections.abc import Callable, Iterable
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import load_table
+from dataset import EncodedData, load_table
 from text import InputError
+from transformer import TransformerEmbedding
 
 # ---------------------------------------------------------------------------------------------------------- layers
 
@@ -161,6 +163,38 @@ class WordEmbedding(nn.Module):
             x = torch.where((input_ids < count).unsqueeze(-1), x, frozen)
         return self.dropout(x).masked_fill(~mask.unsqueeze(-1), 0.0)
 
+    @classmethod
+    def for_training(cls, data: EncodedData, args: argparse.Namespace) -> WordEmbedding:
+        """The embedding that train.py begins with."""
+        table = load_table(data.path.parent / args.embedding_filename, data.facts["table"])
+        dropped = word_dropout_probabilities(data.word_counts(), args.word_dropout) if args.word_dropout else None
+        trainable = data.facts["seen_rows" if args.embedding_trainable else "own_rows"]
+        return cls(table, trainable, dropped, args.embedding_dropout)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict[str, Any], folders: list[str]) -> WordEmbedding:
+        """The embedding that load_state_dict fills; its frozen rows come from a data folder."""
+        table = checkpoint["model"]["embedding.trainable"]
+        if len(table) < checkpoint["vocabulary"].count("\n"):
+            paths = [Path(folder) / checkpoint["flags"]["embedding_filename"] for folder in folders]
+            table = _find_table(paths, checkpoint["facts"]["table"])
+        return cls(table, checkpoint["embedding"]["num_trainable"])
+
+    def record(self) -> dict[str, Any]:
+        """What from_checkpoint needs to know beside the weights."""
+        return {"num_trainable": self.trainable.shape[0]}
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing beside the data: their facts name the table."""
+        return {}
+
+
+def _find_table(paths: list[Path], expected: str) -> Tensor:
+    for path in paths[:-1]:
+        with contextlib.suppress(InputError):
+            return load_table(path, expected)
+    return load_table(paths[-1], expected)
+
 
 def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
     """Rare words are dropped most: alpha / (alpha + count), so that <unk> learns what unknown words are like.
@@ -178,27 +212,45 @@ def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
     return F.pad(probabilities, (0, 1))
 
 
+Embedding = WordEmbedding | TransformerEmbedding
+
 # -------------------------------------------------------------------------------------------------------- encoders
 
 
 class MeanEncoder(nn.Module):
     """The mean of the token vectors, for the Gaussian decoder."""
 
-    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
         super().__init__()
-        self.output_size = input_size
+        self.output_size = embedding.output_size
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, T, D], mask [B, T] -> [B, D]."""
         return masked_mean(x, mask)
 
 
+class CLSEncoder(nn.Module):
+    """The vector of the position that a transformer classifies by: its first or its last real token."""
+
+    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
+        super().__init__()
+        self.last = embedding.classify_by == "last"
+        self.output_size = embedding.output_size
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, T, D], mask [B, T] -> [B, D]."""
+        if not self.last:
+            return x[:, 0]
+        places = mask.sum(1).sub(1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
+        return x.gather(1, places).squeeze(1)
+
+
 class CNNEncoder(nn.Module):
     """Convolutions over positions, as Kim 2014 (arXiv 1408.5882) has them."""
 
-    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
         super().__init__()
-        self.cnn = MaxOverTimeConv(input_size, config["num_filters"], config["kernel_sizes"])
+        self.cnn = MaxOverTimeConv(embedding.output_size, config["num_filters"], config["kernel_sizes"])
         self.output_size = self.cnn.output_size
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -214,9 +266,9 @@ def _densenet(config: dict[str, Any], input_size: int) -> DenseNet:
 class DenseNetCNNEncoder(nn.Module):
     """Densely connected convolutions, then those of the CNN."""
 
-    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
         super().__init__()
-        self.densenet = _densenet(config, input_size)
+        self.densenet = _densenet(config, embedding.output_size)
         self.cnn = MaxOverTimeConv(self.densenet.output_size, config["num_filters"], config["kernel_sizes"])
         self.output_size = self.cnn.output_size
 
@@ -228,9 +280,9 @@ class DenseNetCNNEncoder(nn.Module):
 class DenseNetDSAEncoder(nn.Module):
     """Densely connected convolutions, then dynamic self-attention."""
 
-    def __init__(self, config: dict[str, Any], input_size: int) -> None:
+    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
         super().__init__()
-        self.densenet = _densenet(config, input_size)
+        self.densenet = _densenet(config, embedding.output_size)
         self.attention = DynamicSelfAttention(self.densenet.output_size, config["dsa_num_attentions"],
                                               config["dsa_dim"], config["dsa_r"])
         self.output_size = self.attention.output_size
@@ -259,6 +311,19 @@ class SoftmaxDecoder(nn.Module):
     def forward(self, encoding: Tensor) -> Tensor:
         """encoding [B, H] -> logits [B, C]."""
         return self.output(self.hidden(self.dropout(self.norm(encoding))))
+
+
+class LinearDecoder(nn.Module):
+    """Dropout and the output layer of a softmax."""
+
+    def __init__(self, config: dict[str, Any], input_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config["dropout"])
+        self.output = nn.Linear(input_size, num_labels)
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """encoding [B, H] -> logits [B, C]."""
+        return self.output(self.dropout(encoding))
 
 
 class GaussianDecoder(nn.Module):
@@ -314,6 +379,7 @@ class GaussianDecoder(nn.Module):
 # enc_class to (encoder, decoder).
 ENCODERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "gnb": (MeanEncoder, GaussianDecoder),
+    "cls": (CLSEncoder, LinearDecoder),
     "cnn": (CNNEncoder, SoftmaxDecoder),
     "densenet-cnn": (DenseNetCNNEncoder, SoftmaxDecoder),
     "densenet-dsa": (DenseNetDSAEncoder, SoftmaxDecoder),
@@ -323,7 +389,7 @@ ENCODERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] =
 class Classifier(nn.Module):
     """Embedding, encoder and decoder in a row: token ids in, logits out."""
 
-    def __init__(self, embedding: nn.Module, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, embedding: Embedding, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
         self.encoder = encoder
@@ -338,42 +404,42 @@ class Classifier(nn.Module):
         return self.decoder(self.encode(input_ids, attention_mask))
 
 
-def build_model(config: dict[str, Any], num_labels: int, table: Tensor, num_trainable: int,
-                word_dropout: Tensor | None = None, embedding_dropout: float = 0.0) -> Classifier:
-    """Make the classifier that a checked config describes.
+def build_model(config: dict[str, Any], num_labels: int, embedding: Embedding) -> Classifier:
+    """Put the encoder and the decoder that a checked config describes on top of an embedding.
 
     Args:
         config: see arguments.py.
         num_labels: C.
-        table: word vectors [V, D], see WordEmbedding.
-        num_trainable: rows of the table that are trained.
-        word_dropout, embedding_dropout: see WordEmbedding.
     """
     encoder_class, decoder_class = ENCODERS[config["enc_class"]]
-    embedding = WordEmbedding(table, num_trainable, word_dropout, embedding_dropout)
-    encoder = encoder_class(config, embedding.output_size)
+    encoder = encoder_class(config, embedding)
     decoder = decoder_class(config, encoder.output_size, num_labels)
     return Classifier(embedding, encoder, decoder)
 
 
 def parameter_groups(model: Classifier, weight_decay: float, lr: float,
                      embedding_lr: float | None = None) -> list[dict[str, Any]]:
-    """Groups for AdamW: no decay on biases, layer norms, word vectors and the Gaussian decoder's statistics.
+    """Groups for AdamW: no decay on biases, norms, word vectors and the Gaussian decoder's statistics.
 
     Args:
-        embedding_lr: a rate of its own for the word vectors.
+        embedding_lr: a rate of its own for the embedding: word vectors, or the transformer.
     """
-    vectors = list(model.embedding.parameters())
-    others = [p for module in (model.encoder, model.decoder) for p in module.parameters() if p.requires_grad]
-    gaussian = {id(p) for m in model.modules() if isinstance(m, GaussianDecoder) for p in m.parameters()}
-    decayed = [p for p in others if p.ndim > 1 and id(p) not in gaussian]
-    plain = [p for p in others if p.ndim <= 1 or id(p) in gaussian]
-    groups = [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": plain, "lr": lr, "weight_decay": 0.0},
-        {"params": vectors, "lr": lr if embedding_lr is None else embedding_lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    kept = {id(p) for m in model.modules() if isinstance(m, WordEmbedding | nn.Embedding | GaussianDecoder)
+            for p in m.parameters(recurse=False)}
+    inside = {id(p) for p in model.embedding.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and id(parameter) not in kept
+            groups.setdefault((id(parameter) in inside, decayed), []).append(parameter)
+    rates = {True: lr if embedding_lr is None else embedding_lr, False: lr}
+    return [{"params": groups[key], "lr": rates[key[0]], "weight_decay": weight_decay if key[1] else 0.0}
+            for key in sorted(groups, reverse=True, key=lambda key: (not key[0], key[1]))]
+
+
+# The embedding's class by the kind of encoded data that it reads.
+EMBEDDINGS: dict[str, type[WordEmbedding | TransformerEmbedding]] = {
+    "ids": WordEmbedding, "fs": TransformerEmbedding}
 
 
 def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -> Classifier:
@@ -381,24 +447,14 @@ def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -
 
     Args:
         checkpoint: as train.py wrote it.
-        folders: data folders in which the frozen word vectors are looked for, in this order.
+        folders: data folders in which frozen word vectors are looked for, in this order.
 
     Raises:
         InputError: the frozen vectors are in none of them.
     """
     if "model" not in checkpoint:
         raise InputError("the file is the state of a finished run and holds no model; give that run's --save_path.")
-    config, state, facts = checkpoint["config"], checkpoint["model"], checkpoint["facts"]
-    table = state["embedding.trainable"]
-    if len(table) < checkpoint["vocabulary"].count("\n"):
-        table = _find_table([Path(f) / checkpoint["flags"]["embedding_filename"] for f in folders if f], facts["table"])
-    model = build_model(config, len(checkpoint["labels"]), table, checkpoint["num_trainable"])
-    model.load_state_dict(state)
+    embedding = EMBEDDINGS[checkpoint["facts"]["kind"]].from_checkpoint(checkpoint, [f for f in folders if f])
+    model = build_model(checkpoint["config"], len(checkpoint["labels"]), embedding)
+    model.load_state_dict(checkpoint["model"])
     return model
-
-
-def _find_table(paths: list[Path], expected: str) -> Tensor:
-    for path in paths[:-1]:
-        with contextlib.suppress(InputError):
-            return load_table(path, expected)
-    return load_table(paths[-1], expected)

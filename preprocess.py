@@ -1,7 +1,9 @@
 """Encode raw text for training: the first stage.
 
-Reads   DATA_DIR/train.txt, valid.txt, test.txt (sentence TAB label) and a file of word vectors.
-Writes  DATA_DIR/train.txt.ids, valid.txt.ids, test.txt.ids, vocab.txt, label.txt, embedding.npy.
+Reads   DATA_DIR/train.txt, valid.txt, test.txt (sentence TAB label), and a file of word vectors (GloVe) or a
+        transformer's tokenizer.
+Writes  DATA_DIR/label.txt; for GloVe train.txt.ids, valid.txt.ids, test.txt.ids, vocab.txt, embedding.npy; for
+        transformers train.txt.fs, valid.txt.fs, test.txt.fs, tokenizer.json.
 
     python preprocess.py --config=configs/config-glove-cnn.json --data_dir=data/snips
 """
@@ -10,24 +12,48 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from arguments import Parser, add_config_flag, add_data_dir_flag, natural_int, number, positive_int
-from arrays import IDS_FORMAT, ArrayWriter, fingerprint
+from arguments import (
+    Parser,
+    add_bert_flag,
+    add_config_flag,
+    add_data_dir_flag,
+    encoded_kind,
+    natural_int,
+    number,
+    positive_int,
+)
+from arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
 from corpus import Repeats, SplitReport
-from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, looks_like_logits, sha256, sweep
-from text import word_tokenizer as make_word_tokenizer
+from text import (
+    VOCABULARY_FILES,
+    InputError,
+    LabelParser,
+    Labels,
+    Lines,
+    SubwordTokenizer,
+    WordTokenizer,
+    atomic_write,
+    fail_cleanly,
+    looks_like_logits,
+    sha256,
+    sweep,
+    text_encoder,
+    word_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +70,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     files.add_argument("--embedding_path", default="embeddings/glove.6B.300d.txt",
                        help="word vectors, a word and its numbers a line; none: learn them from the training data "
                             "(default: %(default)s)")
+    add_bert_flag(files)
     files.add_argument("--augmented", action="store_true",
                        help="encode --augmented_filename in place of train.txt; label.txt is read, not written")
     files.add_argument("--augmented_filename", default="augmented.raw", help="(default: %(default)s)")
@@ -67,11 +94,12 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 # ------------------------------------------------------------------------------------------------ the training text
 
 
-def count_words(path: Path, tokenize: Callable[[str], list[str]], skip_bad_lines: bool,
+def count_words(path: Path, split: Callable[[str], list[str]] | None, skip_bad_lines: bool,
                 label_path: Path) -> tuple[Counter[str], Labels]:
     """Count the words of train.txt and collect its labels in order of first appearance.
 
     Args:
+        split: a sentence into its words; None counts none.
         label_path: label.txt, read where train.txt holds a teacher's logits.
     """
     words: Counter[str] = Counter()
@@ -96,7 +124,8 @@ def count_words(path: Path, tokenize: Callable[[str], list[str]], skip_bad_lines
             names.setdefault(label, len(names))
 
     for example in progress(path, Lines(path, skip_bad_lines, parse_label=parse)):
-        words.update(tokenize(example.sentence))
+        if split is not None:
+            words.update(split(example.sentence))
     if labels is not None:
         return words, labels
     if len(names) < 2:
@@ -182,16 +211,15 @@ def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim
 # ------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_split(path: Path, target: Path, tokenize: Callable[[str], list[str]], ids: dict[str, int],
-                 labels: Labels, n_ctx: int, facts: dict[str, Any], skip_bad_lines: bool,
-                 repeats: Repeats) -> SplitReport:
+def encode_split(path: Path, target: Path, encoder: WordTokenizer | SubwordTokenizer, labels: Labels,
+                 facts: dict[str, Any], skip_bad_lines: bool, repeats: Repeats) -> SplitReport:
     """Encode one file to flat arrays; see dataset.py."""
     report = SplitReport(path.name)
     repeats.add_split(path.name)
     parser = LabelParser(labels)
     lines = Lines(path, skip_bad_lines, parse_label=parser)
-    examples = progress(path, lines)
-    first = next(examples)
+    chunks = _chunks(progress(path, lines))
+    first = next(chunks)
     target_column: tuple[str, tuple[str, tuple[int, ...]]] = (
         ("logits", ("f4", (len(labels),))) if parser.logits else ("labels", ("i4", ()))
     )
@@ -210,35 +238,42 @@ def encode_split(path: Path, target: Path, tokenize: Callable[[str], list[str]],
             del tokens[:], ends[:]
             targets.clear()
 
-        for example in _chain(first, examples):
-            words = tokenize(example.sentence)
-            report.lengths[len(words)] += 1
-            row = [ids.get(word, 1) for word in words]
-            report.unknown_words += row.count(1)
-            if len(row) > n_ctx:
-                report.truncated += 1
-                del row[n_ctx:]
-            tokens.extend(row)
-            end += len(row)
-            ends.append(end)
-            targets.append(example.label)
-            label = -1 if parser.logits else example.label
-            if label >= 0:
-                report.labels[label] += 1
-            repeats.add(words, example.line, label)
+        for examples in itertools.chain([first], chunks):
+            rows = encoder.encode_batch([example.sentence for example in examples])
+            for example, (row, length) in zip(examples, rows, strict=True):
+                report.lengths[length] += 1
+                report.unknown_words += row.count(encoder.unknown)
+                report.truncated += length > len(row)
+                tokens.extend(row)
+                end += len(row)
+                ends.append(end)
+                targets.append(example.label)
+                label = -1 if parser.logits else example.label
+                if label >= 0:
+                    report.labels[label] += 1
+                repeats.add(example.sentence, example.line, label)
             if len(tokens) + len(targets) * width >= FLUSH_NUMBERS:
                 flush()
         flush()
         report.skipped = lines.skipped
-        writer.metadata["format"] = IDS_FORMAT
+        writer.metadata["format"] = ENCODED_FORMAT
         writer.metadata["facts"] = json.dumps({**facts, "source_sha256": sha256(path), "skip_bad_lines": skip_bad_lines,
                                                "sentences": report.sentences, "skipped": report.skipped})
     return report
 
 
-def _chain(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest
+def _chunks(examples: Iterator[Any], sentences: int = 1024, characters: int = 1 << 18) -> Iterator[list[Any]]:
+    """As many examples as a tokenizer spreads well over its threads, and long ones fewer at a time."""
+    chunk: list[Any] = []
+    size = 0
+    for example in examples:
+        chunk.append(example)
+        size += len(example.sentence)
+        if len(chunk) == sentences or size >= characters:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -259,13 +294,44 @@ def main(argv: list[str] | None = None) -> None:
     label_path = folder / "label.txt"
     if args.augmented and not label_path.exists():
         raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
-    tokenizer = config["tokenizer"]
-    tokenize = make_word_tokenizer(tokenizer, config["lowercase"])
-
-    counts, labels = count_words(folder / SPLITS[0], tokenize, args.skip_bad_lines, label_path)
+    words = encoded_kind(config) == "ids"
+    split = word_tokenizer(config["tokenizer"], config["lowercase"]) if words else None
+    counts, labels = count_words(folder / SPLITS[0], split, args.skip_bad_lines, label_path)
     if args.augmented and labels != Labels.read(label_path):
         raise InputError(f"{label_path}: not the labels of {folder / SPLITS[0]}; run preprocess.py without "
                          "--augmented first.")
+
+    # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
+    sweep(folder, ".preprocess-*")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
+        stage = Path(made)
+        vocabulary, facts = make_vocabulary(args, config, counts, stage) if words else make_tokenizer(args, config)
+        facts = {**facts, "n_ctx": config["n_ctx"], "labels": labels.names,
+                 "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest()}
+        with atomic_write(stage / VOCABULARY_FILES[facts["kind"]]) as file:
+            file.write(vocabulary)
+        if not args.augmented:
+            labels.write(stage / "label.txt")
+        repeats = Repeats(stage)
+        reports = []
+        for name in names:
+            encoder = text_encoder(vocabulary, {**facts, "augmented": name == args.augmented_filename})
+            reports.append(encode_split(folder / name, stage / f"{name}.{facts['kind']}", encoder, labels, facts,
+                                        args.skip_bad_lines, repeats))
+        for report in reports:
+            for line in report.lines(labels.names, config["n_ctx"]):
+                logger.info(line)
+        for line in repeats.report():
+            logger.info(line)
+        made_files = sorted(os.listdir(stage))
+        for name in made_files:
+            os.replace(stage / name, folder / name)
+    logger.info("[wrote to %s] %s", folder, ", ".join(made_files))
+
+
+def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], counts: Counter[str],
+                    stage: Path) -> tuple[str, dict[str, Any]]:
+    """For the GloVe path: write embedding.npy into `stage`. Returns the vocabulary's text and the facts of it."""
     vectors = load_vectors(args.embedding_path)
     words, file_rows, borders = build_vocabulary(
         counts, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
@@ -275,40 +341,33 @@ def main(argv: list[str] | None = None) -> None:
         logger.warning("[%s has %d dimensions, not the config's token_emb_dim=%d: the file decides]",
                        args.embedding_path, dim, config["token_emb_dim"])
     report_coverage(counts, words[borders["own"] : borders["seen"]])
-
-    # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
-    sweep(folder, ".preprocess-*")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
-        stage = Path(made)
-        vocabulary = "".join(f"{word}\n" for word in words)
-        with atomic_write(stage / "vocab.txt") as file:
-            file.write(vocabulary)
-        write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim,
-                    args.oov_scale, args.seed)
-        if not args.augmented:
-            labels.write(stage / "label.txt")
-        facts = {"n_ctx": config["n_ctx"], "tokenizer": tokenizer, "lowercase": config["lowercase"],
-                 "labels": labels.names, "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
-                 "table": fingerprint(np.load(stage / "embedding.npy", mmap_mode="r")), "own_rows": borders["own"],
-                 "seen_rows": borders["seen"], "embedding_path": args.embedding_path}
-        ids = {word: number for number, word in enumerate(words) if number > 1}
-        repeats = Repeats(stage)
-        reports = [
-            encode_split(folder / name, stage / f"{name}.ids", tokenize, ids, labels, config["n_ctx"], facts,
-                         args.skip_bad_lines, repeats)
-            for name in names
-        ]
-        for report in reports:
-            for line in report.lines(labels.names, config["n_ctx"]):
-                logger.info(line)
-        for line in repeats.report():
-            logger.info(line)
-        made_files = sorted(os.listdir(stage))
-        for name in made_files:
-            os.replace(stage / name, folder / name)
+    write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim, args.oov_scale,
+                args.seed)
     logger.info("[vocabulary] %d words of %d dimensions, %d of them with a trained vector of their own",
                 len(words), dim, borders["own"])
-    logger.info("[wrote to %s] %s", folder, ", ".join(made_files))
+    return "".join(f"{word}\n" for word in words), {
+        "kind": "ids", "tokenizer": config["tokenizer"], "lowercase": config["lowercase"],
+        "table": fingerprint(np.load(stage / "embedding.npy", mmap_mode="r")), "own_rows": borders["own"],
+        "seen_rows": borders["seen"], "embedding_path": args.embedding_path}
+
+
+def make_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """For the transformer path: the tokenizer of --bert_model_name_or_path as text, and the facts of it."""
+    import transformer
+
+    path = args.bert_model_name_or_path
+    tokenizer = transformer.load_tokenizer(path)
+    model_config = transformer.load_config(path)
+    positions = getattr(model_config, "max_position_embeddings", None)
+    absolute = getattr(model_config, "position_biased_input", True)  # DeBERTa-v2's positions are relative alone
+    if positions and absolute and config["n_ctx"] > positions:
+        raise InputError(f"n_ctx is {config['n_ctx']}, and {path} has {positions} positions; lower n_ctx in "
+                         f"{args.config} or with --n_ctx.")
+    logger.info("[tokenizer] %s of %s, %d tokens", type(tokenizer).__name__, path, len(tokenizer))
+    return transformer.tokenizer_text(tokenizer), {
+        "kind": "fs", "bert_model_name_or_path": path, "mask_token": tokenizer.mask_token,
+        "leading_special": transformer.begins_with_special(tokenizer),
+        "truncation_side": tokenizer.truncation_side, "empty_id": tokenizer.eos_token_id or tokenizer.unk_token_id or 0}
 
 
 def load_vectors(path: str) -> Any:

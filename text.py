@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -350,12 +351,14 @@ def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable
 
 
 class WordTokenizer:
-    """From a sentence to the ids of its words: what a checkpoint's model reads.
+    """From sentences to the ids of their words: what the GloVe models read.
 
     Args:
         vocabulary: the words, a line each, <pad> and <unk> first.
         facts: `tokenizer`, `lowercase` and `n_ctx`, as preprocess.py recorded them.
     """
+
+    unknown = 1
 
     def __init__(self, vocabulary: str, facts: dict[str, Any]) -> None:
         words = vocabulary.removesuffix("\n").split("\n")
@@ -367,3 +370,73 @@ class WordTokenizer:
     def __call__(self, sentence: str) -> list[int]:
         """Word ids, at most n_ctx of them; 1 for an unknown word."""
         return [self.ids.get(word, 1) for word in self.split(sentence)[: self.n_ctx]]
+
+    def encode_batch(self, sentences: list[str]) -> list[tuple[list[int], int]]:
+        """The ids of each sentence, and how many it would have without truncation."""
+        rows = [[self.ids.get(word, 1) for word in self.split(sentence)] for sentence in sentences]
+        return [(row[: self.n_ctx], len(row)) for row in rows]
+
+
+class SubwordTokenizer:
+    """From sentences to the token ids that a transformer reads, its special tokens among them.
+
+    Text never becomes a special token: a "[SEP]" that somebody types is split like any other word.
+
+    Args:
+        vocabulary: the content of a tokenizer.json.
+        facts: `n_ctx`, `mask_token`, `truncation_side` (default: right) and `empty_id` (default: 0), which a sentence
+            without any token becomes; where `augmented` is true, a [MASK] in the text becomes the mask token.
+    """
+
+    def __init__(self, vocabulary: str, facts: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+
+        description = json.loads(vocabulary)
+        for token in description["added_tokens"]:
+            if facts.get("augmented") and token["content"] == facts["mask_token"]:
+                token["special"] = False
+        self.tokenizer = Tokenizer.from_str(json.dumps(description))
+        self.tokenizer.encode_special_tokens = True
+        self.mask = facts["mask_token"] if facts.get("augmented") else None
+        self.specials = self.tokenizer.num_special_tokens_to_add(False)
+        if facts["n_ctx"] <= self.specials:
+            raise InputError(f"n_ctx is {facts['n_ctx']}, and the tokenizer adds {self.specials} special tokens to "
+                             "each sentence; raise n_ctx.")
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(facts["n_ctx"], direction=facts.get("truncation_side", "right"))
+        self.empty = [facts.get("empty_id", 0)]
+        model = description["model"]
+        unknown = model.get("unk_token") or model.get("unk_id")
+        found = self.tokenizer.token_to_id(unknown) if isinstance(unknown, str) else unknown
+        self.special_ids = {token["id"] for token in description["added_tokens"] if token["special"]} - {found}
+        self.unknown: int = -1 if found is None else found  # byte-level tokenizers know everything
+
+    def __call__(self, sentence: str) -> list[int]:
+        """Token ids, at most n_ctx of them, special tokens kept."""
+        return self.encode_batch([sentence])[0][0]
+
+    def encode_batch(self, sentences: list[str]) -> list[tuple[list[int], int]]:
+        """The ids of each sentence, and how many it would have without truncation."""
+        if self.mask:
+            sentences = [sentence.replace("[MASK]", self.mask) for sentence in sentences]
+        rows = []
+        for encoding in self.tokenizer.encode_batch(sentences):
+            ids = encoding.ids
+            if sum(token in self.special_ids for token in ids) != self.specials:  # unigram models match "<pad>" in text
+                ids = [self.unknown if token in self.special_ids and not own else token
+                       for token, own in zip(ids, encoding.special_tokens_mask, strict=True)]
+            length = len(ids) + sum(len(part.ids) - self.specials for part in encoding.overflowing)
+            # A sentence of control characters may hold no token at all, and a model reads at least one.
+            rows.append((ids or self.empty, length))
+        return rows
+
+
+# What the encoded files of each kind are read with, and where the vocabulary stands in the data folder.
+TEXT_ENCODERS: dict[str, Callable[[str, dict[str, Any]], WordTokenizer | SubwordTokenizer]] = {
+    "ids": WordTokenizer, "fs": SubwordTokenizer}
+VOCABULARY_FILES = {"ids": "vocab.txt", "fs": "tokenizer.json"}
+
+
+def text_encoder(vocabulary: str, facts: dict[str, Any]) -> WordTokenizer | SubwordTokenizer:
+    """The one function from text to token ids that preprocess.py and raw-text inference share."""
+    return TEXT_ENCODERS[facts["kind"]](vocabulary, facts)

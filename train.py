@@ -1,10 +1,12 @@
 """Train a classifier on encoded data and keep the model that is best on the valid data: the second stage.
 
-Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.npy, as preprocess.py made them.
-Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.train.json (results), train.log and
-        TensorBoard curves under LOG_DIR.
+Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.npy, as preprocess.py made them; for
+        transformers train.txt.fs, valid.txt.fs, tokenizer.json, and the pretrained model.
+Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.train.json (results), train.log,
+        TensorBoard curves under LOG_DIR; for transformers BERT_OUTPUT_DIR, the fine-tuned model in the hub's layout.
 
     python train.py --config=configs/config-glove-cnn.json --data_dir=data/snips --embedding_trainable
+    python train.py --config=configs/config-bert-cls.json --bert_model_name_or_path=embeddings/all-MiniLM-L6-v2
 """
 
 from __future__ import annotations
@@ -21,18 +23,21 @@ from typing import Any
 from arguments import (
     CRITERIA,
     Parser,
+    add_bert_flag,
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
+    encoded_kind,
     natural_int,
     number,
+    number_list,
     positive_int,
 )
-from text import InputError, Labels, fail_cleanly
+from text import VOCABULARY_FILES, InputError, Labels, fail_cleanly, open_input
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = {"glove": 64}
+DEFAULT_EPOCHS = {"ids": 64, "fs": 3}  # words, with early stopping; transformers
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -53,7 +58,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     course = parser.add_argument_group("course of the training")
     course.add_argument("--batch_size", type=positive_int, default=128, help="(default: 128)")
     course.add_argument("--eval_batch_size", type=positive_int, default=128, help="(default: 128)")
-    course.add_argument("--epoch", type=positive_int, help="at most so many (default: 64 for GloVe)")
+    course.add_argument("--epoch", type=positive_int,
+                        help="at most so many (default: 64 for GloVe, 3 for transformers)")
     course.add_argument("--max_train_steps", type=positive_int, help="at most so many optimizer steps")
     course.add_argument("--eval_and_save_steps", type=positive_int, default=500,
                         help="steps between evaluations, beside the one at each epoch's end (default: 500)")
@@ -66,7 +72,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--lr", type=number(), default=2e-4, help="(default: 2e-4)")
-    optimizer.add_argument("--embedding_lr", type=number(), help="of the word vectors (default: that of --lr)")
+    optimizer.add_argument("--embedding_lr", type=number(),
+                           help="of the word vectors or the transformer (default: that of --lr)")
     optimizer.add_argument("--num_warmup_steps", type=natural_int, help="steps of rising learning rate, or else")
     optimizer.add_argument("--warmup_epoch", type=number(), default=0, help="epochs of it (default: 0), or else")
     optimizer.add_argument("--warmup_ratio", type=number(0, 1), default=0.0, help="its share (default: 0.0)")
@@ -92,17 +99,28 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
                       help="evaluate and save an exponential moving average of the weights (default: 0.0, none)")
 
+    bert = parser.add_argument_group("transformers")
+    add_bert_flag(bert)
+    bert.add_argument("--bert_output_dir", default="bert-checkpoint",
+                      help="the fine-tuned model and its tokenizer (default: %(default)s)")
+    bert.add_argument("--bert_use_feature_based", action="store_true", help="the transformer frozen")
+    bert.add_argument("--bert_remove_layers", type=number_list, metavar="8,9,10,11", help="without these layers")
+    bert.add_argument("--gradient_checkpointing", action="store_true",
+                      help="compute activations twice in place of keeping them: less memory, slower")
+
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
     machine.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
                          help="auto: bf16 where the processor or GPU is fast at it (default: auto)")
+    machine.add_argument("--compile", action="store_true",
+                         help="compile the model first (minutes; needs a C++ compiler): pays in long runs")
     machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
 
     args, config = parser.parse_with_config(argv)
     if args.fp16:
         args.mixed_precision = "fp16"
     if args.epoch is None:
-        args.epoch = DEFAULT_EPOCHS[config["emb_class"]]
+        args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]
     return args, config
 
 
@@ -110,17 +128,17 @@ def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, An
     """The encoded training and valid data, checked against each other, label.txt, the config and the criterion."""
     from dataset import EncodedData
 
-    folder = Path(args.data_dir)
-    train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.ids")
-    valid = EncodedData(folder / "valid.txt.ids")
+    folder, kind = Path(args.data_dir), encoded_kind(config)
+    train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.{kind}")
+    valid = EncodedData(folder / f"valid.txt.{kind}")
     for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase"):
-        if train.facts[fact] != valid.facts[fact]:
+        if train.facts.get(fact) != valid.facts.get(fact):
             raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
     if Labels.read(folder / args.label_filename) != train.labels:
         raise InputError(f"{folder / args.label_filename}: not the labels that {train.path} was encoded with; "
                          "run preprocess.py again.")
     for key in ("lowercase", "tokenizer"):
-        if config[key] != train.facts[key]:
+        if config.get(key) != train.facts.get(key):
             raise InputError(f"{args.config}: {key} is {json.dumps(config[key])}, and {train.path} was encoded with "
                              f"{json.dumps(train.facts[key])}; run preprocess.py with this config.")
     if config["n_ctx"] != train.facts["n_ctx"]:  # preprocess.py --n_ctx is allowed to differ from the config
@@ -144,6 +162,7 @@ def fit_gaussian(model: Any, data: Any) -> None:
 
     def encodings() -> Any:
         for batch in make_loader(data, BucketSampler(data.lengths, 1024, shuffle=False)):
+            assert batch.targets is not None  # encoded data have them
             share = batch.targets.softmax(-1) if data.has_logits else F.one_hot(batch.targets, len(data.labels))
             yield model.encode(batch.input_ids, batch.attention_mask), share
 
@@ -152,20 +171,22 @@ def fit_gaussian(model: Any, data: Any) -> None:
         model.decoder.fit(encodings())
 
 
-def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, num_trainable: int,
+def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, embedding: Any,
                 precision: str) -> dict[str, Any]:
     """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
     from util import git_revision, new_run_id, versions
 
-    with open(Path(args.data_dir) / "vocab.txt", "rb") as file:
+    path = Path(args.data_dir) / VOCABULARY_FILES[train.facts["kind"]]
+    with open_input(path) as file:
         vocabulary = file.read()
     if hashlib.sha256(vocabulary).hexdigest() != train.facts["vocab_sha256"]:
-        raise InputError(f"{args.data_dir}/vocab.txt: not the vocabulary that {train.path} was encoded with; "
+        raise InputError(f"{path}: not the vocabulary that {train.path} was encoded with; "
                          "run preprocess.py again.")
     flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
     flags["precision"] = precision
-    facts = {key: value for key, value in train.facts.items() if key != "embedding_path"}  # the table decides
-    made_from = json.dumps([config, facts, valid.facts["source_sha256"]], sort_keys=True)
+    # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
+    facts = {key: value for key, value in train.facts.items() if not key.endswith("_path")}
+    made_from = json.dumps([config, facts, valid.facts["source_sha256"], embedding.identity()], sort_keys=True)
     return {
         "run_id": new_run_id(),
         "identity": hashlib.sha256(made_from.encode()).hexdigest(),
@@ -174,7 +195,7 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, va
         "labels": list(train.labels.names),
         "facts": train.facts,
         "vocabulary": vocabulary.decode("utf-8"),
-        "num_trainable": num_trainable,
+        "embedding": embedding.record(),
         "versions": versions(),
         "git_revision": git_revision(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -190,22 +211,21 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from accelerate import Accelerator
 
-    from dataset import load_table
-    from model import build_model, word_dropout_probabilities
+    from model import EMBEDDINGS, build_model
     from trainer import Trainer
+    from transformer import TransformerEmbedding, check_output_folder
     from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging, write_json
 
     setup_logging(args.log_path)
     device = choose_device(args.device)
     precision = choose_precision(args.mixed_precision, device)
     train, valid = load_data(args, config)
-    table = load_table(Path(args.data_dir) / args.embedding_filename, train.facts["table"])
-    num_trainable = train.facts["seen_rows" if args.embedding_trainable else "own_rows"]
-    record = make_record(args, config, train, valid, num_trainable, precision)
-
+    if train.facts["kind"] == "fs":
+        check_output_folder(args.bert_output_dir, args.data_dir)
     set_seed(args.seed)
-    word_dropout = word_dropout_probabilities(train.word_counts(), args.word_dropout) if args.word_dropout else None
-    model = build_model(config, len(train.labels), table, num_trainable, word_dropout, args.embedding_dropout)
+    embedding = EMBEDDINGS[train.facts["kind"]].for_training(train, args)
+    record = make_record(args, config, train, valid, embedding, precision)
+    model = build_model(config, len(train.labels), embedding)
     resumed = args.resume and Path(f"{args.save_path}.state").exists()
     if args.resume and not resumed:
         logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
@@ -221,11 +241,29 @@ def main(argv: list[str] | None = None) -> None:
         trainer.load_state()
     logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
                 accelerator.device, precision, len(train), trainer.total_steps)
-    best = trainer.fit()
-    logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"], best["valid_loss"],
-                best["valid_accuracy"], args.save_path)
-    results = {key: record[key] for key in ("run_id", "date", "git_revision", "command", "versions", "config", "flags")}
-    write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
+    try:
+        best = trainer.fit()
+        logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
+                    best["valid_loss"], best["valid_accuracy"], args.save_path)
+        keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
+        results = {key: record[key] for key in keys}
+        write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
+    finally:  # an interrupted run leaves a whole pair, too
+        if isinstance(embedding, TransformerEmbedding) and trainer.best:
+            publish(args, record["identity"])
+
+
+def publish(args: argparse.Namespace, identity: str) -> None:
+    """Write the best model's transformer and tokenizer to --bert_output_dir, from where it can be fine-tuned again."""
+    from model import load_classifier
+    from transformer import load_tokenizer, save_pretrained
+    from util import load_checkpoint
+
+    checkpoint = load_checkpoint(args.save_path)
+    model = load_classifier(checkpoint, [])
+    save_pretrained(model.embedding.transformer, load_tokenizer(args.bert_model_name_or_path), checkpoint["labels"],
+                    checkpoint["run_id"], identity, args.bert_output_dir)
+    logger.info("[transformer and tokenizer of run %s] -> %s", checkpoint["run_id"], args.bert_output_dir)
 
 
 def restore(model: Any, checkpoint: dict[str, Any], record: dict[str, Any], path: str) -> None:

@@ -75,6 +75,7 @@ def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch
     loss, correct = torch.zeros((), dtype=torch.float64), 0
     for batch in make_loader(data, BucketSampler(data.lengths, batch_size, shuffle=False)):
         batch = batch.to(device)
+        assert batch.targets is not None  # encoded data have them
         logits = model(batch.input_ids, batch.attention_mask)
         loss += criterion(logits, batch.targets).cpu().double().sum()  # not every device has doubles
         classes = batch.targets.argmax(-1) if data.has_logits else batch.targets
@@ -169,6 +170,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # Without accelerate's wrapper around `forward`: reduced precision is for training steps alone.
         self.plain_model: Classifier = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if args.compile:
+            self.model = torch.compile(self.model, dynamic=True)
         self.average = WeightAverage(self.plain_model, args.ema_decay) if args.ema_decay else None
 
         self.step = 0
@@ -299,7 +302,7 @@ class Trainer:
     def _groups(self) -> Iterator[list[Batch]]:
         """The epoch's batches in groups of one optimizer step; the last one may be smaller."""
         group: list[Batch] = []
-        for batch in make_loader(self.train_data, self.sampler):
+        for batch in make_loader(self.train_data, self.sampler, self.accelerator.device.type == "cuda"):
             group.append(batch)
             if len(group) == self.args.gradient_accumulation_steps:
                 yield group
@@ -410,4 +413,6 @@ _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epo
 _DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
              "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
              "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
-             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision", "restore_path")
+             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
+             "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers",
+             "compile")

@@ -93,7 +93,7 @@ def git_revision() -> str:
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "accelerate"):
+    for package in ("torch", "transformers", "numpy", "accelerate"):
         found[package] = metadata.version(package)
     return found
 

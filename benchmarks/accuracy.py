@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -58,7 +59,8 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("sst2", "densenet-dsa"): (f"{TRAINABLE} {SST2}", [1]),
 }
 # What a row depends on; another version of it makes the row stale.
-DECISIVE = ("preprocess.py", "train.py", "trainer.py", "model.py", "dataset.py", "text.py", "vectors.py")
+DECISIVE = ("preprocess.py", "train.py", "trainer.py", "model.py", "dataset.py", "text.py", "vectors.py",
+            "transformer.py")
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -100,6 +102,7 @@ class Plan:
         data_sets: folders, by path or by their name under data/.
         seeds: in the place of those of RECIPES.
         force: run what is finished, too.
+        folds: test on so many folds of the training file in turn, in the place of test.txt; 0: on test.txt.
         train_flags: more of them for all models.
         settings: how many of its settings a baseline tries at most.
     """
@@ -111,6 +114,7 @@ class Plan:
     seeds: list[int] | None = None
     embedding_path: str = "none"
     force: bool = False
+    folds: int = 0
     train_flags: str = ""
     settings: int = 1000
 
@@ -119,27 +123,56 @@ def measure_accuracy(plan: Plan, folder: Path) -> None:
     """Train and test every model and baseline on every data set, working in `folder`."""
     for place in plan.data_sets:
         source = Path(place) if os.sep in place else Path("data", place)
-        data = folder / source.name
-        copy_splits(source, data)
-        for model in plan.models:
-            encode(source, data, CONFIGS[model], plan.embedding_path, *ENCODING.get(source.name, "").split())
-            facts = encoded_facts(data)
-            vectors = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
-            recipe, seeds = RECIPES.get((source.name, model), ("", [1]))
-            flags = [*recipe.split(), *plan.train_flags.split()]
-            config = load_config(CONFIGS[model])
-            about = {"flags": flags, "config": config, "embedding": vectors}
-            run = partial(train_and_test, data, CONFIGS[model], flags)
-            for seed in plan.seeds or seeds:
-                key = {"data_set": source.name, "model": model, "seed": seed,
-                       "recipe": digest(json.dumps([config, flags, facts])), "code": code_hash()}
-                finish(plan, key, about, partial(run, seed))
-        for name, (fit, settings) in BASELINES.items():
-            settings = settings[: plan.settings]
-            key = {"data_set": source.name, "model": name, "seed": 0,
-                   "recipe": digest(json.dumps([settings, [sha256(data / name) for name in SPLITS]])),
-                   "code": digest(inspect.getsource(fit) + inspect.getsource(tune))}
-            finish(plan, key, {}, partial(tune, fit, settings, data))
+        if not plan.folds:
+            measure_data_set(plan, source, source.name, folder / source.name)
+        for fold in range(1, plan.folds + 1):
+            held_out = hold_out(source, folder / f"{source.name}-{fold}", fold - 1, plan.folds)
+            measure_data_set(plan, held_out, source.name, folder / f"{source.name}-{fold}-encoded", fold)
+
+
+def hold_out(source: Path, folder: Path, fold: int, folds: int) -> Path:
+    """A data set whose test file is a share of `source`'s training file, which its own training file lacks."""
+    copy_splits(source, folder)
+    lines = (source / SPLITS[0]).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line.rstrip("\r\n") + "\n" for line in lines if line.strip()]
+    random.Random(0).shuffle(lines)
+    for name, chosen in ((SPLITS[0], False), (SPLITS[2], True)):
+        kept = [line for number, line in enumerate(lines) if (number % folds == fold) == chosen]
+        (folder / name).write_text("".join(kept), encoding="utf-8")
+    return folder
+
+
+def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int = 0) -> None:
+    """Train and test every model and baseline on one data set.
+
+    Args:
+        name: under which RECIPES knows it.
+        data: the folder to encode it in.
+        fold: of the training file, counted from 1, where a fold is held out; also the seed then.
+    """
+    shown = f"{name}, held out" if fold else name
+    copy_splits(source, data)
+    texts = [sha256(data / split) for split in SPLITS]
+    for model in plan.models:
+        encode(source, data, CONFIGS[model], plan.embedding_path, *ENCODING.get(name, "").split())
+        facts = encoded_facts(data)
+        vectors = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
+        recipe, seeds = RECIPES.get((name, model), ("", [1]))
+        flags = [*recipe.split(), *plan.train_flags.split()]
+        config = load_config(CONFIGS[model])
+        about = {"flags": flags, "config": config, "embedding": vectors}
+        run = partial(train_and_test, data, CONFIGS[model], flags)
+        for seed in [fold] if fold else plan.seeds or seeds:
+            key = {"data_set": shown, "model": model, "seed": seed,
+                   "recipe": digest(json.dumps([config, flags, *([] if fold else [facts])])),
+                   "code": digest("".join([code_hash(), *texts])) if fold else code_hash()}
+            finish(plan, key, about, partial(run, seed))
+    for baseline, (fit, settings) in BASELINES.items():
+        settings = settings[: plan.settings]
+        key = {"data_set": shown, "model": baseline, "seed": fold,
+               "recipe": digest(json.dumps([settings, *([] if fold else [texts])])),
+               "code": digest("".join([inspect.getsource(fit), inspect.getsource(tune), *(texts if fold else [])]))}
+        finish(plan, key, {}, partial(tune, fit, settings, data))
 
 
 def finish(plan: Plan, key: dict[str, Any], about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:

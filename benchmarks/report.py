@@ -72,8 +72,11 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
 
 def caption(rows: list[dict[str, Any]]) -> str:
     """What a reader of the accuracy table has to know."""
-    said = ["Accuracy on test.txt, mean of the seeds (each in brackets); each run's checkpoint and the baselines' "
-            f"settings were chosen on valid.txt; {rows[0]['cores']} cores."]
+    said = ["Accuracy on test.txt, mean of the seeds (each in brackets); the baselines' settings were chosen on "
+            "valid.txt, and so was each run's checkpoint but for those under --measure=last; "
+            f"{rows[0]['cores']} cores."]
+    if any(row.get("data_set", "").endswith("held out") for row in rows):
+        said.append("Held out: on the folds of train.txt, each in turn, in the place of test.txt.")
     for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"]) for row in rows
                                if "embedding" in row}):
         if name == "none":

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import http.client
+import importlib
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
@@ -48,6 +49,18 @@ class Interrupted(Exception):
 def say(message: str) -> None:
     """A line for the user on standard error; standard output is for data."""
     print(message, file=sys.stderr)
+
+
+def optional(package: str) -> Any:
+    """A package that only one of the scripts needs, imported.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"the package {package} is missing; install it: pip install {package}") from None
 
 
 def split_url(url: str) -> SplitResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -38,6 +39,22 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    """After `make test-matrix`: the table of all architectures that the matrix has figures of."""
+    if "matrix" not in (config.option.markexpr or "") or "not matrix" in config.option.markexpr:
+        return
+    from benchmarks.accuracy import code_hash
+
+    rows = [json.loads(path.read_text()) for path in sorted((ROOT / ".matrix").glob(f"*-{code_hash()}.json"))]
+    terminalreporter.write_line("\n| architecture | encoder | valid loss, first to best | test accuracy | "
+                                "raw text | largest difference of a logit by padding |\n| --- | --- | --- | --- | --- "
+                                "| --- |")
+    for row in rows:
+        terminalreporter.write_line(
+            f"| {row['architecture']} | {row['encoder']} | {row['loss_before']:.2f} to {row['loss']:.2f} | "
+            f"{row['accuracy']:.2f} | {row['raw_accuracy']:.2f} | {row['apart']:.0e} |")
 
 
 @dataclass

@@ -52,7 +52,7 @@ def test_every_shipped_config_is_sound(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"enc_class": "cn"}, 'enc_class is "cn" and must be one of gnb, cnn'),
+    ({"enc_class": "cn"}, 'enc_class is "cn" and must be one of gnb, cls, cnn'),
     ({"emb_class": ["glove"]}, "emb_class is"),
     ({"num_filters": 0}, "num_filters is 0 and must be a whole number above 0"),
     ({"num_filters": True}, "num_filters is true"),

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import make_model
 from conftest import Place
 from helpers import ROOT, refusal, write_config
 
 import benchmark
-from benchmarks import accuracy, report
+from benchmarks import accuracy, measure, report
 
 
 def result(name: str) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def test_speed(raw: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 def test_speed_pads_and_trains_the_same_sentences(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The padded side computes n_ctx positions for every sentence, the other its batch's longest."""
     from dataset import EncodedData, load_table
-    from model import Classifier
+    from model import Classifier, WordEmbedding, build_model
 
     data = EncodedData(encoded.data / "train.txt.ids")
     seen: list[tuple[int, ...]] = []
@@ -70,13 +71,23 @@ def test_speed_pads_and_trains_the_same_sentences(encoded: Place, monkeypatch: p
 
     args, config = train.get_params(encoded.train_flags())
     table = load_table(encoded.data / "embedding.npy", data.facts["table"])
-    sizes = benchmark.Sizes(warm_up_steps=1, bucketed_steps=0, padded_steps=3)
+    def make() -> Classifier:
+        return build_model(config, len(data.labels), WordEmbedding(table, data.facts["seen_rows"]))
+
+    sizes = measure.Sizes(warm_up_steps=1, bucketed_steps=0, padded_steps=3)
     for pad_to in (0, 100):
         seen.clear()
-        assert benchmark.training_rate(config, vars(args), encoded.data, table, "no", pad_to, sizes) > 0
+        assert measure.training_rate(make, vars(args), data.path, "no", pad_to, sizes) > 0
         assert len(seen) == 1 + (3 if pad_to else -(-len(data) // 8))
         lengths = {length for _, length in seen}
         assert lengths == {100} if pad_to else max(lengths) == max(data.lengths) and len(lengths) > 1
+
+
+def test_finetune(raw: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model("BERT", tmp_path / "tiny", ["play some jazz", "will it rain in tokyo"])
+    run("finetune", f"--bert_model_name_or_path={folder}", f"--data_dir={raw.data}")
+    found = check_figures("finetune", capsys.readouterr().out, 3)
+    assert found["peak_mb"] > 10 and len(found["sentences_a_second"]) == 3
 
 
 def test_speed_without_its_data_set_uses_the_sample(raw: Place) -> None:
@@ -109,7 +120,7 @@ def test_generated_vectors_and_corpora_are_what_they_say(tmp_path: Path) -> None
 
 def test_launch_measures_the_child_alone() -> None:
     held = bytearray(b"x" * 200_000_000)  # must not count
-    seconds, peak, output = benchmark.launch("-c", "print(sum(bytearray(b'x' * 50_000_000)) > 0)")
+    seconds, peak, output = measure.launch("-c", "print(sum(bytearray(b'x' * 50_000_000)) > 0)")
     assert output == "True\n" and seconds > 0 and 90 < peak + len(held) * 0 < 190
 
 
@@ -195,6 +206,27 @@ def test_a_new_recipe_keeps_the_old_rows_and_shows_the_new(encoded: Place, confi
     assert "(90.70, 90.80)" in printed
     benchmark.main(["table"])
     assert capsys.readouterr().out == printed
+
+
+def test_folds_hold_each_training_sentence_out_once(raw: Place, tmp_path: Path) -> None:
+    whole = (raw.data / "train.txt").read_text().splitlines()
+    tested = []
+    for fold in range(3):
+        folder = accuracy.hold_out(raw.data, tmp_path / str(fold), fold, 3)
+        train, test = ((folder / name).read_text().splitlines() for name in ("train.txt", "test.txt"))
+        assert sorted(train + test) == sorted(whole) and test
+        tested += test
+        assert (folder / "valid.txt").read_bytes() == (raw.data / "valid.txt").read_bytes()
+    assert sorted(tested) == sorted(whole)
+
+
+def test_folds(encoded: Place, configs: None, trained: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch,
+               capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(accuracy, "encoded_facts", lambda folder: {"vectors": 3})
+    run("accuracy", "--data_sets", encoded.data, "--models", "gnb", "--folds", 2)
+    assert trained == [("gnb", 1), ("gnb", 2)]
+    assert "| gnb | 90.15 (90.10, 90.20) |\n" in capsys.readouterr().out
+    assert {row["data_set"] for row in result("accuracy")["rows"]} == {"data, held out"}
 
 
 def test_the_code_hash_is_of_code_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

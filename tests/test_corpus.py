@@ -47,7 +47,7 @@ def test_repeats_against_a_naive_count(folder: Path, data: list[list[tuple[str, 
     for name, lines in zip(names, data, strict=True):
         repeats.add_split(name)
         for number, (sentence, label) in enumerate(lines, 1):
-            repeats.add(sentence.split(), number, label)
+            repeats.add(sentence, number, label)
     shared: dict[tuple[int, int], int] = {}
     conflicts: dict[int, int] = {}
     for line in repeats.report():
@@ -71,7 +71,7 @@ def test_repeats_write_to_disk_in_parts(tmp_path: Path, monkeypatch: pytest.Monk
     repeats = Repeats(tmp_path)
     repeats.add_split("one")
     for number in range(70_000):
-        repeats.add([str(number % 69_000)], number + 1, 0)
+        repeats.add(str(number % 69_000), number + 1, 0)
     (line,) = repeats.report()
     assert line.startswith("[one] 1000 sentences repeat an earlier one (such as one:")
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import train
 import trainer
 from dataset import EncodedData, load_table, pad
-from model import build_model
+from model import WordEmbedding, build_model
 from trainer import (
     Trainer,
     WeightAverage,
@@ -112,7 +112,7 @@ def make_trainer(place: Place, *flags: str) -> Trainer:
     data = EncodedData(place.data / "train.txt.ids")
     torch.manual_seed(args.seed)
     table = load_table(place.data / "embedding.npy", data.facts["table"])
-    model = build_model(make_config(dropout=0.0), 4, table, data.facts["seen_rows"])
+    model = build_model(make_config(dropout=0.0), 4, WordEmbedding(table, data.facts["seen_rows"]))
     record = {"run_id": "test", "identity": "test", "flags": {}}
     made = Trainer(model, data, EncodedData(place.data / "valid.txt.ids"), args, record, Accelerator(cpu=True))
     made.writer = Silent()

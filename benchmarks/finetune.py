@@ -1,0 +1,114 @@
+"""Fine-tuning a transformer: bucketed batches in reduced precision against fp32 padded to n_ctx, and against
+transformers' own Trainer; and the memory that it takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import ROOT, SPLITS, copy_splits, run_stage
+from benchmarks.measure import Sizes, figure, interleave, launch, training_rate
+from text import InputError, Lines
+
+CONFIG = ROOT / "configs/config-bert-cls.json"
+BATCH_SIZE = 64
+
+
+def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Sentences a second of --bert_model_name_or_path on --data_dir, each side in turn."""
+    from dataset import EncodedData
+    from model import build_model
+    from transformer import TransformerEmbedding, classification_token, load_pretrained
+    from util import choose_device, choose_precision
+
+    sizes: Sizes = args.sizes
+    name = args.bert_model_name_or_path
+    source = Path(args.data_dir)
+    notes = []
+    if not (source / SPLITS[0]).is_file():
+        notes.append(f"{source.name} is not here: measured on data/sample")
+        source = ROOT / "data/sample"
+    data = folder / "data"
+    copy_splits(source, data)
+    common = [f"--config={CONFIG}", f"--data_dir={data}", f"--bert_model_name_or_path={name}"]
+    run_stage("preprocess.py", *common)
+    train = [*common, "--lr=1e-4", f"--batch_size={BATCH_SIZE}", f"--save_path={folder / 'model.pt'}",
+             f"--bert_output_dir={folder / 'bert'}", f"--log_dir={folder / 'runs'}",
+             f"--log_path={folder / 'train.log'}"]
+    steps = sizes.warm_up_steps + sizes.padded_steps
+    _, peak, _ = launch(str(ROOT / "train.py"), *train, f"--max_train_steps={steps}")
+    resolved = json.loads((folder / "model.pt.train.json").read_text())
+    flags, config = resolved["flags"], resolved["config"]
+    device = choose_device(flags["device"])
+    precision = choose_precision("auto", device)
+    encoded = EncodedData(data / "train.txt.fs")
+
+    def make_model() -> Any:
+        model = load_pretrained(name)
+        classify_by = classification_token(model, encoded.facts["leading_special"])
+        return build_model(config, len(encoded.labels), TransformerEmbedding(model, classify_by))
+
+    def rate(precision: str, pad_to: int = 0) -> float:
+        return training_rate(make_model, flags, encoded.path, precision, pad_to, sizes)
+
+    base, ours, theirs = "fp32, padded to n_ctx", f"{precision}, bucketed", f"transformers' Trainer, {precision}"
+    sides = {base: lambda: rate("no", config["n_ctx"]), ours: lambda: rate(precision),
+             theirs: lambda: trainer_rate(name, data, device.type, precision, config["n_ctx"], folder, sizes)}
+    rates = interleave(sides, sizes.rounds, warm_up=False)
+    middle = {side: statistics.median(values) for side, values in rates.items()}
+    notes.append(f"{Path(name).name}, {CONFIG.name}, data set {source.name}: {len(encoded):,} sentences of "
+                 f"{encoded.lengths.mean():.1f} tokens, n_ctx {config['n_ctx']}, batches of {BATCH_SIZE}")
+    return {"notes": notes, "device": device.type, "sentences_a_second": rates, "peak_mb": peak, "figures": [
+        figure(f"fine-tuning, {ours} : {base}", middle[ours] / middle[base], ">= 20",
+               f"{middle[ours]:,.0f} : {middle[base]:,.1f} sentences a second"),
+        figure(f"fine-tuning, {ours} : {theirs}", middle[ours] / middle[theirs], ">= 1.25",
+               f"{middle[ours]:,.0f} : {middle[theirs]:,.0f} sentences a second"),
+        figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB")]}
+
+
+def trainer_rate(name: str, data: Path, device: str, precision: str, n_ctx: int, folder: Path, sizes: Sizes) -> float:
+    """Sentences a second of transformers' Trainer with the best that it offers off the shelf.
+
+    Batches of like length padded to their longest, reduced precision, fused AdamW, no evaluation, no files.
+    """
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    examples = list(Lines(data / SPLITS[0]))
+    labels = sorted({example.label for example in examples})
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    encoded = tokenizer([example.sentence for example in examples], truncation=True, max_length=n_ctx)
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels.index(example.label)}
+            for ids, example in zip(encoded["input_ids"], examples, strict=True)]
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(labels), dtype="float32")
+    steps = sizes.bucketed_steps or -(-len(rows) // BATCH_SIZE)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    settings = TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=BATCH_SIZE, learning_rate=1e-4,
+        max_steps=sizes.warm_up_steps + steps, bf16=precision == "bf16", fp16=precision == "fp16",
+        use_cpu=device == "cpu",
+        optim="adamw_torch_fused", train_sampling_strategy="group_by_length", report_to=[], save_strategy="no",
+        disable_tqdm=True, logging_strategy="no")
+    trainer = Trainer(model, settings, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer),
+                      callbacks=[Clock()])
+    trainer.train()
+    if len(times) != sizes.warm_up_steps + steps:
+        raise InputError("transformers' Trainer did not train all of its steps.")
+    # The last batch of an epoch is smaller; over whole epochs the sentences are those of the file.
+    sentences = len(rows) if not sizes.bucketed_steps else steps * BATCH_SIZE
+    return sentences / (times[-1] - times[sizes.warm_up_steps - 1])

@@ -1,0 +1,143 @@
+"""What measurements share: how much is measured, processes of their own, rounds, rows of ratios, training rates."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.accuracy import ROOT
+from benchmarks.report import GLOVE_WORDS
+from text import InputError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    rounds: int = 3
+    warm_up_steps: int = 5
+    bucketed_steps: int = 0  # 0: an epoch
+    padded_steps: int = 30  # all alike, so that fewer will do
+    tables: tuple[int, int] = (GLOVE_WORDS, 20_000)
+    words: int = GLOVE_WORDS
+    dimension: int = 300
+    lines: tuple[int, int] = (1_000_000, 5_000_000)
+    vocabulary: int = 20_000
+    train_flags: str = ""  # for the models of the accuracy table
+    settings: int = 1000  # at most, that a baseline tries
+
+
+SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
+              lines=(300, 1500), vocabulary=100, train_flags="--epoch=1 --max_train_steps=3", settings=2)
+
+
+# A process's peak memory counts that of the process which started it, here perhaps one that holds torch and a model.
+# So a small one stands between.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak, "output": done.stdout}))
+sys.exit(done.returncode)
+"""
+
+
+def launch(*command: str) -> tuple[float, float, str]:
+    """Run Python with `command`. Returns its seconds, its peak resident memory in MB, and its standard output."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
+    result = json.loads(done.stdout)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return result["seconds"], result["peak"] * unit / 1e6, result["output"]
+
+
+def interleave(sides: dict[str, Callable[[], float]], rounds: int, warm_up: bool) -> dict[str, list[float]]:
+    """Measure all sides in turn, round after round, so that a slow minute of the machine meets all of them.
+
+    Args:
+        warm_up: do one more round first, which does not count.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in sides}
+    with tqdm(total=(rounds + warm_up) * len(sides), unit="run", disable=None) as bar:
+        for number in range(rounds + warm_up):
+            for name, measure in sides.items():
+                bar.set_description(name)
+                value = measure()
+                bar.update()
+                if number or not warm_up:
+                    measured[name].append(value)
+    return measured
+
+
+def figure(measured: str, ratio: float, aim: str, beside: str) -> dict[str, Any]:
+    """A row of a table of ratios. `aim` is "", ">= X" or "<= X"."""
+    met = None
+    if aim:
+        sign, limit = aim.split()
+        met = ratio >= float(limit) if sign == ">=" else ratio <= float(limit)
+    return {"measured": measured, "ratio": ratio, "aim": aim, "met": met, "beside": beside}
+
+
+def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Path, precision: str, pad_to: int,
+                  sizes: Sizes) -> float:
+    """Sentences a second of the Trainer's own epoch, without evaluation and files, for a fresh model.
+
+    Args:
+        make_model: builds the classifier; called after the seed is set.
+        flags: as train.py resolved them.
+        path: the encoded training data.
+        pad_to: pad all batches to so many positions; 0: each to its longest sentence.
+    """
+    import torch.nn.functional as F
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from dataset import Batch, EncodedData
+    from trainer import Trainer
+    from util import choose_device, set_seed
+
+    class PaddedData(EncodedData):
+        def __getitems__(self, indices: Any) -> Batch:
+            batch = super().__getitems__(indices)
+            missing = max(0, pad_to - batch.input_ids.shape[1])
+            return Batch(F.pad(batch.input_ids, (0, missing)), F.pad(batch.attention_mask, (0, missing)), batch.targets)
+
+    class TimedTrainer(Trainer):
+        sentences = 0
+
+        def evaluate_and_save(self, bar: Any, end_of_epoch: bool = False) -> None:
+            self.sentences += self.loss_count
+            self.loss_sum, self.loss_count = 0.0, 0
+
+    device = choose_device(flags["device"])
+    train = PaddedData(path)
+    set_seed(flags["seed"])
+    model = make_model()
+    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
+    try:
+        trainer = TimedTrainer(model, train, train, argparse.Namespace(**flags), {},
+                               Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
+        with tqdm(unit="step", leave=False, disable=None) as bar:
+            trainer.total_steps = sizes.warm_up_steps
+            trainer.train_epoch(bar)
+            trainer.sentences = 0
+            steps = sizes.padded_steps if pad_to else sizes.bucketed_steps
+            trainer.total_steps = trainer.step + (steps or len(trainer.sampler))
+            start = time.perf_counter()
+            trainer.train_epoch(bar)
+            return trainer.sentences / (time.perf_counter() - start)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

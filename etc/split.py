@@ -1,0 +1,78 @@
+"""Split a labelled file at random: 70 % for training, 10 % for validation, 20 % for the test.
+
+Reads sentence TAB label lines; `-` is standard input. Writes BASE.train, BASE.valid and BASE.test, or with --output_dir
+the train.txt, valid.txt and test.txt that preprocess.py reads. The same seed gives the same split. Memory holds all
+lines.
+
+    python etc/split.py --data_path total.txt --base_path data
+    python etc/split.py --data_path total.txt --output_dir data/reviews
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py and arguments.py lie beside the stages
+
+from download import say
+
+from arguments import Parser, natural_int
+from text import InputError, Lines, atomic_write, fail_cleanly
+
+
+def split(lines: list[str], seed: int) -> dict[str, list[str]]:
+    """Deal lines out at random: a tenth to valid, a fifth to test, at least one to each, the rest to train.
+
+    Args:
+        lines: three or more.
+        seed: decides the order.
+    """
+    shuffled = list(lines)
+    random.Random(seed).shuffle(shuffled)
+    valid = max(1, len(lines) // 10)
+    test = valid + max(1, len(lines) // 5)
+    return {"train": shuffled[test:], "valid": shuffled[:valid], "test": shuffled[valid:test]}
+
+
+def get_params(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data_path", required=True, help="the file to split, or - for standard input")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--base_path", help="write BASE.train, BASE.valid and BASE.test")
+    where.add_argument("--output_dir", type=Path, help="write train.txt, valid.txt and test.txt of this folder")
+    parser.add_argument("--seed", type=natural_int, default=42, help="decides the split (default: %(default)s)")
+    parser.add_argument("--skip_bad_lines", action="store_true", help="leave unusable lines out and count them")
+    parser.add_argument("--force", action="store_true", help="replace outputs that are there already")
+    return parser.parse_args(argv)
+
+
+@fail_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Split the file that the command line names."""
+    args = get_params(argv)
+    paths = {name: args.output_dir / f"{name}.txt" if args.output_dir else Path(f"{args.base_path}.{name}")
+             for name in ("train", "valid", "test")}
+    for path in paths.values():
+        if path.exists() and Path(args.data_path).exists() and path.samefile(args.data_path):
+            raise InputError(f"{path}: is the file to split; choose another --base_path or --output_dir.")
+        if path.exists() and not args.force:
+            raise InputError(f"{path}: already there; move it away, or pass --force to replace it.")
+    examples = Lines(args.data_path, args.skip_bad_lines)
+    lines = [f"{example.sentence}\t{example.label}\n" for example in examples]
+    if len(lines) < len(paths):
+        raise InputError(f"{args.data_path}: {len(lines)} usable lines are too few for three files.")
+    parts = split(lines, args.seed)
+    with contextlib.ExitStack() as stack:  # the files get their final names after all have been written
+        for name, path in paths.items():
+            stack.enter_context(atomic_write(path)).writelines(parts[name])
+    say("; ".join(f"{path}: {len(parts[name]):,} lines" for name, path in paths.items())
+        + (f"; {examples.skipped:,} bad lines left out" if examples.skipped else ""))
+
+
+if __name__ == "__main__":
+    main()
