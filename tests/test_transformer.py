@@ -73,6 +73,7 @@ def make_case(root: Path, name: str, encoder: str = "cls") -> Case:
     words = make_config("gnb" if encoder == "cls" else encoder)
     own = ("lowercase", "token", "pad", "unk")
     config = {key: value for key, value in words.items() if key.split("_")[0] not in own}
+    config |= {key: 32 for key in ("num_filters", "fc_hidden_size") if key in config}
     config |= {"emb_class": ARCHITECTURES[name].emb_class, "enc_class": encoder, "n_ctx": 40, "dropout": 0.1}
     (root / "config.json").write_text(json.dumps(config))
     return Case(root)
