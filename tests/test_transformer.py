@@ -139,7 +139,8 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def check_case(figures: dict[str, Any]) -> None:
     """What the matrix asks of every architecture."""
-    assert figures["loss"] < 0.75 * np.log(4), figures
+    start = max(np.log(4), figures["loss_before"])  # a Gaussian's density begins beyond that of chance
+    assert figures["loss"] < 0.75 * start, figures
     assert figures["accuracy"] >= 2 * figures["majority"], figures
     assert figures["raw_accuracy"] == figures["accuracy"], figures
     assert figures["apart"] < 1e-5, figures
@@ -373,7 +374,7 @@ def test_remove_layers_through_the_stages(bert: Case) -> None:
 
 
 def test_models_that_are_not_there(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = snapshot(bert.root)
     flags = [flag for flag in bert.flags() if not flag.startswith("--bert_model")]
     for stage, more in ((preprocess.main, []), (train.main, ["--device=cpu"])):
