@@ -11,14 +11,14 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from helpers import serving
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "etc"))
@@ -149,20 +149,8 @@ def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
         monkeypatch.delenv(name, raising=False)
     there = Remote()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            there.answer(self)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        there.url = f"http://127.0.0.1:{server.server_port}"
+    with serving(there.answer) as there.url:
         yield there
-        server.shutdown()
-        thread.join()
 
 
 def digest(content: bytes) -> str:

@@ -8,16 +8,15 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import ROOT, refusal, snapshot
+from helpers import ROOT, refusal, serving, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -168,22 +167,8 @@ def hub() -> Iterator[Hub]:
     pytest.importorskip("huggingface_hub")
     there = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            there.answer(self)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        there.url = f"http://127.0.0.1:{server.server_port}"
+    with serving(there.answer) as there.url:
         yield there
-        server.shutdown()
-        thread.join()
 
 
 def fetch_model(endpoint: str, name: str, *more: str) -> subprocess.CompletedProcess[str]:
