@@ -52,12 +52,13 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
-    add_bert_flag(parser.add_argument_group("finetune"), "embeddings/all-MiniLM-L6-v2")
+    add_bert_flag(parser.add_argument_group("finetune, and accuracy of minilm-*"), "embeddings/all-MiniLM-L6-v2")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
                           help="folders, by path or by their name under data/ (default: snips sst2)")
-    accuracy.add_argument("--models", nargs="*", default=list(CONFIGS), choices=list(CONFIGS), metavar="MODEL",
-                          help=f"(default: {' '.join(CONFIGS)})")
+    words = [model for model, config in CONFIGS.items() if "bert" not in config]
+    accuracy.add_argument("--models", nargs="*", default=words, choices=list(CONFIGS), metavar="MODEL",
+                          help=f"of {' '.join(CONFIGS)} (default: {' '.join(words)})")
     accuracy.add_argument("--seeds", nargs="+", type=natural_int,
                           help="(default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
     accuracy.add_argument("--folds", type=natural_int, default=0,
@@ -88,7 +89,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     sizes: Sizes = args.sizes
     source, vectors, notes = available(args)
-    encode(source, folder / "data", args.config, vectors)
+    encode(source, folder / "data", args.config, f"--embedding_path={vectors}")
     # One step of train.py resolves the flags and the config's recipe.
     run_stage("train.py", f"--config={args.config}", f"--data_dir={folder / 'data'}", "--embedding_trainable",
               "--max_train_steps=1", f"--save_path={folder / 'model.pt'}", f"--log_dir={folder / 'runs'}",
@@ -313,7 +314,8 @@ def main(argv: list[str] | None = None) -> None:
         with scratch(args, name) as folder:
             if name == "accuracy":
                 plan = Plan(Path(args.results), args.command, args.data_sets, args.models, args.seeds,
-                            args.embedding_path, args.force, args.folds, args.sizes.train_flags, args.sizes.settings)
+                            args.embedding_path, args.force, args.folds, args.sizes.train_flags, args.sizes.settings,
+                            args.bert_model_name_or_path)
                 measure_accuracy(plan, folder)
             else:
                 from util import write_json

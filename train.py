@@ -105,6 +105,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                       help="the fine-tuned model and its tokenizer (default: %(default)s)")
     bert.add_argument("--bert_use_feature_based", action="store_true", help="the transformer frozen")
     bert.add_argument("--bert_remove_layers", type=number_list, metavar="8,9,10,11", help="without these layers")
+    bert.add_argument("--lora_r", type=positive_int, metavar="RANK",
+                      help="freeze the transformer and train low-rank updates of its matrices, which are merged into "
+                           "it in the checkpoint: less memory for large models; wants a higher --lr, such as 5e-4")
     bert.add_argument("--gradient_checkpointing", action="store_true",
                       help="compute activations twice in place of keeping them: less memory, slower")
 
@@ -119,6 +122,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     args, config = parser.parse_with_config(argv)
     if args.fp16:
         args.mixed_precision = "fp16"
+    if args.lora_r and (encoded_kind(config) != "fs" or args.bert_use_feature_based):
+        parser.error("--lora_r trains updates of a transformer's matrices; it goes neither with word vectors nor with "
+                     "--bert_use_feature_based")
     if args.epoch is None:
         args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]
     return args, config
@@ -213,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from model import EMBEDDINGS, build_model
     from trainer import Trainer
-    from transformer import TransformerEmbedding, check_output_folder
+    from transformer import TransformerEmbedding, add_lora, check_output_folder
     from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging, write_json
 
     setup_logging(args.log_path)
@@ -233,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         restore(model, load_checkpoint(args.restore_path), record, args.restore_path)
     elif config["enc_class"] == "gnb" and not resumed:
         fit_gaussian(model, train)
+    if args.lora_r:
+        add_lora(embedding.transformer, args.lora_r)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)

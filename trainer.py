@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dataset import Batch, BucketSampler, EncodedData, make_loader
 from model import Classifier, parameter_groups
 from text import InputError
+from transformer import merged_weights
 from util import load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -369,7 +370,7 @@ class Trainer:
             if better:
                 self.gained |= not self._is_tie(metrics)
                 self.best = point
-                save_checkpoint({**self.record, "metrics": point, "model": self.plain_model.state_dict()},
+                save_checkpoint({**self.record, "metrics": point, "model": merged_weights(self.plain_model)},
                                 self.args.save_path)
         if end_of_epoch:
             self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
@@ -415,4 +416,4 @@ _DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_
              "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
              "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
              "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers",
-             "compile")
+             "lora_r", "compile")

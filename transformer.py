@@ -359,6 +359,43 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
         raise InputError(f"{said}: a {config.model_type} model cannot be rebuilt without these layers ({reason}).")
 
 
+# ------------------------------------------------------------------------------------------------ low-rank adapters
+
+
+def add_lora(model: Any, rank: int) -> None:
+    """Freeze a transformer and train low-rank updates of its matrices (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    Every matrix product of its layers gets one, W x + 2 B A x with A of `rank` rows, as QLoRA found best (Dettmers et
+    al. 2023, arXiv 2305.14314, section 4).
+
+    Raises:
+        InputError: it has no layer that an adapter fits.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    inside = {id(module) for layers in layer_lists(model) or [model] for module in layers.modules()}
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear | Conv1D) and id(module) in inside]
+    if not names:
+        raise InputError(f"--lora_r: {model.config.model_type} models have no linear layers to adapt.")
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, fan_in_fan_out=transposed),
+                            model)
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict with adapters merged into the weights that they update, under the weights' own names."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            for adapter in module.active_adapters:
+                key = f"{name}.base_layer.weight"
+                state[key] = state[key] + module.get_delta_weight(adapter)
+    return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+
+
 # ---------------------------------------------------------------------------------------------------------- saving
 
 

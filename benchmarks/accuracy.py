@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from arguments import load_config
+from arguments import encoded_kind, load_config
 from benchmarks.report import provenance
 from text import InputError, Lines, sha256
 
@@ -43,20 +43,27 @@ CONFIGS = {
     "cnn": "configs/config-glove-cnn.json",
     "densenet-cnn": "configs/config-densenet-cnn.json",
     "densenet-dsa": "configs/config-densenet-dsa.json",
+    "minilm-cls": "configs/config-bert-cls.json",
+    "minilm-cnn": "configs/config-bert-cnn.json",
 }
 ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
 SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases repeat: one pass is enough
 TRAINABLE = "--embedding_trainable"
+MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
 RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
     ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),
     ("snips", "cnn"): (TRAINABLE, [1, 2, 3]),
     ("snips", "densenet-cnn"): (TRAINABLE, [1, 2, 3]),
     ("snips", "densenet-dsa"): (TRAINABLE, [1, 2, 3]),
+    ("snips", "minilm-cls"): (f"{MINILM} --epoch=4 --measure=last", [1, 2, 3]),
+    ("snips", "minilm-cnn"): (f"{MINILM} --epoch=4 --measure=last", [1, 2, 3]),
     ("sample", "cnn"): ("", [42]),  # make quickstart
     ("sst2", "gnb"): ("--epoch=3", [1]),
     ("sst2", "cnn"): (f"{TRAINABLE} {SST2}", [1, 2, 3]),
     ("sst2", "densenet-cnn"): (f"{TRAINABLE} {SST2}", [1]),
     ("sst2", "densenet-dsa"): (f"{TRAINABLE} {SST2}", [1]),
+    ("sst2", "minilm-cls"): (f"{MINILM} --epoch=3 --measure=accuracy", [1, 2, 3]),
+    ("sst2", "minilm-cnn"): (f"{MINILM} --epoch=3 --measure=accuracy", [1, 2, 3]),
 }
 # What a row depends on; another version of it makes the row stale.
 DECISIVE = ("preprocess.py", "train.py", "trainer.py", "model.py", "dataset.py", "text.py", "vectors.py",
@@ -82,11 +89,10 @@ def copy_splits(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def encode(source: Path, folder: Path, config: str, embedding_path: str, *flags: str) -> None:
+def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
     """Copy a data set into `folder` and encode it there."""
     copy_splits(source, folder)
-    run_stage("preprocess.py", f"--config={config}", f"--data_dir={folder}", f"--embedding_path={embedding_path}",
-              *flags)
+    run_stage("preprocess.py", f"--config={config}", f"--data_dir={folder}", *flags)
 
 
 # --------------------------------------------------------------------------------------------------------- accuracy
@@ -105,6 +111,7 @@ class Plan:
         folds: test on so many folds of the training file in turn, in the place of test.txt; 0: on test.txt.
         train_flags: more of them for all models.
         settings: how many of its settings a baseline tries at most.
+        bert: the pretrained transformer of the models that have one.
     """
 
     results: Path
@@ -117,6 +124,7 @@ class Plan:
     folds: int = 0
     train_flags: str = ""
     settings: int = 1000
+    bert: str = "embeddings/all-MiniLM-L6-v2"
 
 
 def measure_accuracy(plan: Plan, folder: Path) -> None:
@@ -154,13 +162,22 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
     copy_splits(source, data)
     texts = [sha256(data / split) for split in SPLITS]
     for model in plan.models:
-        encode(source, data, CONFIGS[model], plan.embedding_path, *ENCODING.get(name, "").split())
-        facts = encoded_facts(data)
-        vectors = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
+        config = load_config(CONFIGS[model])
+        kind = encoded_kind(config)
         recipe, seeds = RECIPES.get((name, model), ("", [1]))
         flags = [*recipe.split(), *plan.train_flags.split()]
-        config = load_config(CONFIGS[model])
-        about = {"flags": flags, "config": config, "embedding": vectors}
+        if kind == "ids":
+            encode(source, data, CONFIGS[model], f"--embedding_path={plan.embedding_path}",
+                   *ENCODING.get(name, "").split())
+            facts = encoded_facts(data)
+            about = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
+        else:
+            pretrained = f"--bert_model_name_or_path={plan.bert}"
+            encode(source, data, CONFIGS[model], pretrained)
+            facts = {"texts": texts, "model": weights_sha256(plan.bert)}
+            about = {"file": Path(plan.bert).name, "words": None}
+            flags = [pretrained, *flags]
+        about = {"flags": flags, "config": config, "embedding": about}
         run = partial(train_and_test, data, CONFIGS[model], flags)
         for seed in [fold] if fold else plan.seeds or seeds:
             key = {"data_set": shown, "model": model, "seed": seed,
@@ -233,6 +250,12 @@ def code_hash() -> str:
     return digest("\n".join(trees))
 
 
+def weights_sha256(folder: str) -> str:
+    """Which pretrained weights a folder holds; of a hub name, the name itself."""
+    path = Path(folder) / "model.safetensors"
+    return sha256(path) if path.exists() else folder
+
+
 def encoded_facts(data: Path) -> dict[str, Any]:
     """What was encoded: checksums of the texts, the vocabulary and the vectors, and how many vectors the file has."""
     from dataset import EncodedData
@@ -250,7 +273,7 @@ def train_and_test(data: Path, config: str, flags: list[str], seed: int) -> dict
         common = (f"--config={config}", f"--data_dir={data}")
         start = time.perf_counter()
         run_stage("train.py", *common, *flags, f"--seed={seed}", f"--save_path={model}", f"--log_dir={folder}/runs",
-                  f"--log_path={folder}/train.log")
+                  f"--log_path={folder}/train.log", f"--bert_output_dir={folder}/bert")
         seconds = time.perf_counter() - start
         run_stage("evaluate.py", *common, f"--model_path={model}")
         test = json.loads(Path(f"{model}.test.json").read_text())

@@ -77,10 +77,12 @@ def caption(rows: list[dict[str, Any]]) -> str:
             f"{rows[0]['cores']} cores."]
     if any(row.get("data_set", "").endswith("held out") for row in rows):
         said.append("Held out: on the folds of train.txt, each in turn, in the place of test.txt.")
-    for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"]) for row in rows
+    for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"] or 0) for row in rows
                                if "embedding" in row}):
         if name == "none":
             said.append("No pretrained word vectors.")
+        elif not words:
+            said.append(f"The transformer: {name}.")
         elif words < 100_000:
             said.append(f"The word vectors, {name}, are a subset of {words:,} words; the whole GloVe 6B has "
                         f"{GLOVE_WORDS:,}.")

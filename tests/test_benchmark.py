@@ -159,7 +159,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         done.append((Path(config).stem, seed))
         return {"accuracy": 0.9 + seed / 1000, "valid_accuracy": 0.9, "train_seconds": 1.0, "ms": 1.0}
 
-    def encode(source: Path, folder: Path, config: str, embedding_path: str) -> None:
+    def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(accuracy, "train_and_test", train_and_test)
