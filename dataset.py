@@ -119,9 +119,13 @@ class EncodedData(Dataset):
             counts += np.bincount(part[part < len(counts)], minlength=len(counts))
         return torch.from_numpy(counts)
 
+    def rows(self, indices: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """The token ids of the examples at `indices`."""
+        return [self.token_ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The batch of the examples at `indices` (torch's loader calls this in place of one call an example)."""
-        rows = [self.token_ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        rows = self.rows(indices)
         targets = self.targets[np.asarray(indices)]
         return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
 

@@ -1,11 +1,14 @@
-"""Measure a trained classifier, or classify new text with it: the third stage.
+"""Measure a trained classifier, classify new text with it, or export it to ONNX: the third stage.
 
-Reads   MODEL_PATH and DATA_DIR/test.txt with its encoding test.txt.ids or test.txt.fs; or raw text.
+Reads   MODEL_PATH (with --enable_ort ONNX_PATH) and DATA_DIR/test.txt with its encoding test.txt.ids or test.txt.fs;
+        or raw text.
 Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB prediction,
-        MODEL_PATH.test.json (results) and MODEL_PATH.confusion.png.
+        and beside the model's file its .test.json (results) and .confusion.png.
+        --convert_onnx writes ONNX_PATH, with --quantize_onnx also QUANTIZED_ONNX_PATH, and no results.
 
     python evaluate.py --config=configs/config-glove-cnn.json --data_dir=data/snips
     echo "play some jazz" | python evaluate.py --input_path=-
+    python evaluate.py --convert_onnx --quantize_onnx && python evaluate.py --enable_ort --quantize_onnx
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -54,35 +57,60 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     what.add_argument("--num_examples", type=natural_int, default=0, help="only the first so many (default: 0, all)")
     what.add_argument("--batch_size", type=positive_int, default=1, help="(default: 1)")
     what.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+    onnx = parser.add_argument_group("ONNX")
+    onnx.add_argument("--convert_onnx", action="store_true", help="export the checkpoint, check the export, and end")
+    onnx.add_argument("--enable_ort", action="store_true", help="evaluate ONNX_PATH with ONNX Runtime, on the cpu")
+    onnx.add_argument("--quantize_onnx", action="store_true",
+                      help="with --convert_onnx: write an int8 file as well; with --enable_ort: evaluate it")
+    onnx.add_argument("--onnx_path", default="pytorch-model.onnx", help="(default: %(default)s)")
+    onnx.add_argument("--quantized_onnx_path", default="pytorch-model.onnx-quantized", help="(default: %(default)s)")
+    onnx.add_argument("--onnx_opset", type=int, choices=range(18, 24), default=20, metavar="18..23",
+                      help="version of the ONNX operators (default: 20)")
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
     machine.add_argument("--num_threads", type=natural_int, default=0, help="(default: 0, the library's choice)")
     args = parser.parse_args(argv)
+    if args.quantize_onnx and not (args.convert_onnx or args.enable_ort):
+        raise InputError("--quantize_onnx goes with --convert_onnx or with --enable_ort.")
+    if args.enable_ort and args.device not in (None, "cpu"):
+        raise InputError(f"--enable_ort runs on the cpu, not on --device={args.device}.")
     return args, None if args.config is None else load_config(args.config)
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
 
 
+class Predictor(Protocol):
+    """A loaded model with what it needs to read text: TorchPredictor, or inference.OnnxClassifier."""
+
+    labels: Labels
+    tokenizer: Any
+
+    def probabilities(self, rows: Sequence[Any]) -> np.ndarray:
+        """Class probabilities [B, C] of a batch of token id rows."""
+
+
 @dataclass
-class Predictor:
-    """A loaded model with what it needs to read text."""
+class TorchPredictor:
+    """The model of a checkpoint."""
 
     model: Any
     tokenizer: Any
     labels: Labels
     device: Any
 
-    def probabilities(self, batch: Any) -> np.ndarray:
-        """Class probabilities [B, C] of a batch."""
+    def probabilities(self, rows: Sequence[Any]) -> np.ndarray:
+        """Class probabilities [B, C] of a batch of token id rows."""
         import torch
 
+        from dataset import pad
+
         with torch.inference_mode():
-            batch = batch.to(self.device)
+            batch = pad(rows).to(self.device)
             return self.model(batch.input_ids, batch.attention_mask).softmax(-1).cpu().numpy()
 
 
-def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, dict[str, Any]]:
+def load_torch(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[TorchPredictor, dict[str, Any]]:
     """The model of MODEL_PATH, checked against the config where one is given, and its checkpoint."""
     import torch
 
@@ -92,35 +120,50 @@ def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predi
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     checkpoint = load_checkpoint(args.model_path)
-    if config is not None:
-        check_same_model(config, checkpoint["config"], args)
-    if args.bert_output_dir:
-        check_same_run(args, checkpoint)
-    device = choose_device(args.device)
+    check_same_model(args.model_path, config, checkpoint, args)
+    device = choose_device("cpu" if args.convert_onnx else args.device)
     model = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
     tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
-    return Predictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
+    return TorchPredictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
 
 
-def check_same_model(config: dict[str, Any], trained: dict[str, Any], args: argparse.Namespace) -> None:
-    """Refuse a config that describes another model than the checkpoint's (its training settings do not matter)."""
-    keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
-    differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
-                 for key in keys if config.get(key) != trained.get(key)]
-    if differing:
-        raise InputError(f"{args.config}: not the config of {args.model_path}: {'; '.join(differing)}. "
-                         "Give the one that it was trained with, or none.")
+def load_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, dict[str, Any]]:
+    """The model of ONNX_PATH or QUANTIZED_ONNX_PATH, checked likewise, and what it says of itself."""
+    from inference import load
+
+    classifier = load(model_file(args), args.num_threads)
+    check_same_model(model_file(args), config, classifier.record, args)
+    return classifier, classifier.record
 
 
-def check_same_run(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
-    """Refuse a --bert_output_dir that another run wrote; the checkpoint itself holds all the weights."""
-    from transformer import RUN_ID, saved_fact
+def model_file(args: argparse.Namespace) -> str:
+    """The file that is evaluated."""
+    if not args.enable_ort:
+        return args.model_path
+    return args.quantized_onnx_path if args.quantize_onnx else args.onnx_path
 
-    run = saved_fact(args.bert_output_dir, RUN_ID)
-    if run != checkpoint["run_id"]:
-        raise InputError(f"{args.bert_output_dir}: {f'of run {run}' if run else 'not written by train.py'}, and "
-                         f"{args.model_path} is of run {checkpoint['run_id']}; give the folder of the same "
-                         "run, or none.")
+
+def check_same_model(path: str, config: dict[str, Any] | None, record: dict[str, Any],
+                     args: argparse.Namespace) -> None:
+    """Refuse a config of another model than the file's, and a --bert_output_dir that another run wrote.
+
+    Training settings may differ; the file itself holds all the weights.
+    """
+    if config is not None:
+        trained = record["config"]
+        keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
+        differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
+                     for key in keys if config.get(key) != trained.get(key)]
+        if differing:
+            raise InputError(f"{args.config}: not the config of {path}: {'; '.join(differing)}. "
+                             "Give the one that it was trained with, or none.")
+    if args.bert_output_dir:
+        from util import RUN_ID, saved_fact
+
+        run = saved_fact(args.bert_output_dir, RUN_ID)
+        if run != record["run_id"]:
+            raise InputError(f"{args.bert_output_dir}: {f'of run {run}' if run else 'not written by train.py'}, and "
+                             f"{path} is of run {record['run_id']}; give the folder of the same run, or none.")
 
 
 def evaluate_encoded(predictor: Predictor, data: Any, batch_size: int, count: int) -> tuple[np.ndarray, list[float]]:
@@ -137,30 +180,26 @@ def evaluate_encoded(predictor: Predictor, data: Any, batch_size: int, count: in
     for start in tqdm(range(0, count, batch_size), unit="batch", disable=None):
         places = order[start : start + batch_size]
         begin = time.perf_counter()
-        probabilities[places] = predictor.probabilities(data.__getitems__(places))
+        probabilities[places] = predictor.probabilities(data.rows(places))
         seconds += [(time.perf_counter() - begin) / len(places)] * len(places)
     return probabilities, seconds
 
 
 def evaluate_raw(predictor: Predictor, sentences: list[str]) -> tuple[np.ndarray, list[float]]:
     """Classify sentences one at a time. Returns as evaluate_encoded."""
-    from dataset import pad
-
     rows, seconds = [], []
     for sentence in tqdm(sentences, unit="sentence", disable=None):
         begin = time.perf_counter()
-        rows.append(predictor.probabilities(pad([predictor.tokenizer(sentence)]))[0])
+        rows.append(predictor.probabilities([predictor.tokenizer(sentence)])[0])
         seconds.append(time.perf_counter() - begin)
     return np.stack(rows), seconds
 
 
 def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
     """Answer each line of --input_path with a JSON object, in batches."""
-    from dataset import pad
-
     lines = Lines(args.input_path, args.skip_bad_lines, labelled=False)
     for sentences in _batches(lines, args.batch_size, args.num_examples):
-        probabilities = predictor.probabilities(pad([predictor.tokenizer(sentence) for sentence in sentences]))
+        probabilities = predictor.probabilities([predictor.tokenizer(sentence) for sentence in sentences])
         for sentence, row in zip(sentences, probabilities, strict=True):
             named = {name: round(float(p), 6) for name, p in zip(predictor.labels.names, row, strict=True)}
             best = predictor.labels.names[int(row.argmax())]
@@ -267,28 +306,42 @@ def time_figures(seconds: list[float], batch_size: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> None:
+    """Write ONNX_PATH and, with --quantize_onnx, QUANTIZED_ONNX_PATH."""
+    from export import convert
+
+    predictor, checkpoint = load_torch(args, config)
+    folder = Path(args.data_dir or checkpoint["flags"]["data_dir"])
+    int8_path = args.quantized_onnx_path if args.quantize_onnx else None
+    convert(predictor.model, checkpoint, folder, args.onnx_path, int8_path, args.onnx_opset, args.num_threads)
+
+
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
 
-    from dataset import EncodedData
     from util import git_revision, setup_logging, versions, write_json
 
     setup_logging()
-    predictor, checkpoint = load(args, config)
+    if args.convert_onnx:
+        convert_onnx(args, config)
+        return
+    predictor, record = (load_onnx if args.enable_ort else load_torch)(args, config)
+    folder = Path(args.data_dir or record["flags"]["data_dir"])
     if args.input_path:
         classify_lines(predictor, args)
         return
 
-    folder = Path(args.data_dir or checkpoint["flags"]["data_dir"])
-    source = folder / "test.txt"
+    path, source = model_file(args), folder / "test.txt"
     if args.enable_inference:
         sentences, written, targets = read_examples(source, predictor.labels, args.skip_bad_lines, args.num_examples)
         probabilities, seconds = evaluate_raw(predictor, sentences)
     else:
-        data = EncodedData(folder / f"test.txt.{checkpoint['facts']['kind']}")
-        check_same_data(data, checkpoint, args)
+        from dataset import EncodedData
+
+        data = EncodedData(folder / f"test.txt.{record['facts']['kind']}")
+        check_same_data(data, record, path)
         sentences, written, targets = read_examples(source, predictor.labels, data.facts["skip_bad_lines"],
                                                     args.num_examples)
         probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
@@ -296,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     correct = int((predictions == targets).sum())
     timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
 
-    figures = report(targets, predictions, predictor.labels, f"{args.model_path}.confusion.png")
+    figures = report(targets, predictions, predictor.labels, f"{path}.confusion.png")
     logger.info("[macro F1] : %.4f", figures["macro_f1"])
     logger.info(f"[Accuracy] : {correct / len(targets):.4f}, {correct:5d}/{len(targets):5d}")
     if args.enable_inference:
@@ -306,21 +359,20 @@ def main(argv: list[str] | None = None) -> None:
     target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
     write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
     write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                "timing": timing, "flags": vars(args), "run_id": checkpoint["run_id"], "config": checkpoint["config"],
+                "timing": timing, "flags": vars(args), "run_id": record["run_id"], "config": record["config"],
                 "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{args.model_path}.test.json")
+                "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{path}.test.json")
 
 
-
-def check_same_data(data: Any, checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+def check_same_data(data: Any, record: dict[str, Any], path: str) -> None:
     """Refuse data that were encoded for another model."""
-    if data.facts["labels"] != checkpoint["labels"]:
+    if data.facts["labels"] != record["labels"]:
         raise InputError(f"{data.path}: its labels ({', '.join(data.facts['labels'])}) are not those of "
-                         f"{args.model_path} ({', '.join(checkpoint['labels'])}).")
+                         f"{path} ({', '.join(record['labels'])}).")
     for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
                        ("n_ctx", "n_ctx")):
-        if data.facts.get(fact) != checkpoint["facts"].get(fact):
-            raise InputError(f"{data.path}: encoded with another {what} than {args.model_path} was trained with; run "
+        if data.facts.get(fact) != record["facts"].get(fact):
+            raise InputError(f"{data.path}: encoded with another {what} than {path} was trained with; run "
                              "preprocess.py as for that model, or evaluate raw text with --enable_inference.")
 
 

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from dataset import EncodedData
 from text import InputError, keep_previous, sweep, sync_folder
+from util import IDENTITY, RUN_ID, saved_fact
 
 logger = logging.getLogger(__name__)
-
-# In a saved model's config.json: the run that it belongs to, and what that was trained from.
-RUN_ID, IDENTITY = "classifier_run_id", "classifier_identity"
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -437,11 +435,3 @@ def save_pretrained(model: Any, tokenizer: Any, labels: list[str], run_id: str, 
                 logger.warning("[%s came from elsewhere and is kept as %s]", target, keep_previous(target))
         os.rename(made, target)
     sync_folder(target.parent)
-
-
-def saved_fact(folder: str | os.PathLike[str], key: str) -> Any:
-    """What a saved model's config.json says under a key, None where it says nothing."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError):
-        return None

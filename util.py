@@ -10,15 +10,18 @@ import subprocess
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from text import InputError, atomic_write, keep_previous
+
+if TYPE_CHECKING:  # logs and results files are written without it, too
+    import torch
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1
+# In a saved transformer's config.json: the run that it belongs to, and what that was trained from.
+RUN_ID, IDENTITY = "classifier_run_id", "classifier_identity"
 ROOT = Path(__file__).resolve().parent
 
 
@@ -40,6 +43,8 @@ def setup_logging(log_path: str | None = None) -> None:
 
 def set_seed(seed: int) -> None:
     """Seed every generator that training draws from."""
+    import torch
+
     torch.manual_seed(seed)  # CUDA generators included
     torch.backends.cudnn.deterministic = True
 
@@ -53,6 +58,8 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         InputError: no such device here.
     """
+    import torch
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
@@ -64,6 +71,8 @@ def choose_device(name: str | None) -> torch.device:
 
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run in hardware (AVX512-BF16 or AMX; Ampere or later)."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
@@ -111,6 +120,8 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) ->
 
     A checkpoint at `path` that another config or other data made (its "identity" differs) is kept aside first.
     """
+    import torch
+
     path = Path(path)
     if path.exists() and peek_identity(path) != checkpoint["identity"]:
         logger.warning("[%s came from another config or other data and is kept as %s]", path, keep_previous(path))
@@ -132,6 +143,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: no such file, or not a whole checkpoint of this toolkit.
     """
+    import torch
+
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train.py writes one to its --save_path.")
     try:
@@ -143,6 +156,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: not a checkpoint of this toolkit, or of another version of it; train again.")
     return checkpoint
+
+
+def saved_fact(folder: str | os.PathLike[str], key: str) -> Any:
+    """What a saved transformer's config.json says under a key, None where it says nothing."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def write_json(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
