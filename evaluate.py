@@ -31,6 +31,7 @@ from arguments import (
     add_device_flag,
     load_config,
     natural_int,
+    one_of,
     positive_int,
 )
 from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, text_encoder
@@ -54,11 +55,32 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     what.add_argument("--num_examples", type=natural_int, default=0, help="only the first so many (default: 0, all)")
     what.add_argument("--batch_size", type=positive_int, default=1, help="(default: 1)")
     what.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+    int8 = parser.add_argument_group("int8, on the CPU")
+    int8.add_argument("--enable_dqm", action="store_true", help="dynamic: any model, activations rounded as they come")
+    int8.add_argument("--enable_qat", action="store_true", help="a model that was trained with --enable_qat")
+    int8.add_argument("--enable_qat_fx", action="store_true",
+                      help="such a model as one compiled graph, which takes a minute to make")
+    int8.add_argument("--enable_diffq", action="store_true", help="the weights that --enable_diffq learned the bits of")
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
     machine.add_argument("--num_threads", type=natural_int, default=0, help="(default: 0, the library's choice)")
     args = parser.parse_args(argv)
+    int8_way(args)
     return args, None if args.config is None else load_config(args.config)
+
+
+def int8_way(args: argparse.Namespace) -> str | None:
+    """The way of quantization that the flags ask for: dqm, qat, qat_fx or diffq, or None.
+
+    Two of them, or one on a GPU, end the stage with exit status 2.
+    """
+    flag = one_of(args, "enable_dqm", "enable_qat", "enable_qat_fx", "enable_diffq")
+    if not flag:
+        return None
+    if args.device not in (None, "cpu"):
+        raise InputError(f"--{flag} runs on the CPU; leave --device={args.device} out.")
+    args.device = "cpu"
+    return flag.removeprefix("enable_")
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -97,7 +119,11 @@ def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predi
     if args.bert_output_dir:
         check_same_run(args, checkpoint)
     device = choose_device(args.device)
-    model = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
+    model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
+    if way := int8_way(args):
+        from quantization import quantize
+
+        model = quantize(model, way, checkpoint, args.batch_size)
     tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
     return Predictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
 
