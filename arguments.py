@@ -253,6 +253,17 @@ def number(low: float = 0.0, high: float = float("inf"), below: bool = False) ->
     return convert
 
 
+def one_of(args: argparse.Namespace, *flags: str) -> str | None:
+    """Which of the flags is set; None: none of them.
+
+    Two of them end the stage with exit status 2.
+    """
+    chosen = [flag for flag in flags if getattr(args, flag)]
+    if len(chosen) > 1:
+        Parser(None).error(f"{' and '.join(f'--{flag}' for flag in chosen)}: choose one of them")
+    return chosen[0] if chosen else None
+
+
 def add_config_flag(group: argparse._ArgumentGroup, default: str | None) -> None:
     """--config."""
     said = default or "what the checkpoint was trained with"

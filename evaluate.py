@@ -34,6 +34,7 @@ from arguments import (
     add_device_flag,
     load_config,
     natural_int,
+    one_of,
     positive_int,
 )
 from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, text_encoder
@@ -66,6 +67,12 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     onnx.add_argument("--quantized_onnx_path", default="pytorch-model.onnx-quantized", help="(default: %(default)s)")
     onnx.add_argument("--onnx_opset", type=int, choices=range(18, 24), default=20, metavar="18..23",
                       help="version of the ONNX operators (default: 20)")
+    int8 = parser.add_argument_group("int8, on the CPU")
+    int8.add_argument("--enable_dqm", action="store_true", help="dynamic: any model, activations rounded as they come")
+    int8.add_argument("--enable_qat", action="store_true", help="a model that was trained with --enable_qat")
+    int8.add_argument("--enable_qat_fx", action="store_true",
+                      help="such a model as one compiled graph, which takes a minute to make")
+    int8.add_argument("--enable_diffq", action="store_true", help="the weights that --enable_diffq learned the bits of")
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
     machine.add_argument("--num_threads", type=natural_int, default=0, help="(default: 0, the library's choice)")
@@ -74,7 +81,22 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         raise InputError("--quantize_onnx goes with --convert_onnx or with --enable_ort.")
     if args.enable_ort and args.device not in (None, "cpu"):
         raise InputError(f"--enable_ort runs on the cpu, not on --device={args.device}.")
+    int8_way(args)
     return args, None if args.config is None else load_config(args.config)
+
+
+def int8_way(args: argparse.Namespace) -> str | None:
+    """The way of quantization that the flags ask for: dqm, qat, qat_fx or diffq, or None.
+
+    Two of them, or one on a GPU, end the stage with exit status 2.
+    """
+    flag = one_of(args, "enable_dqm", "enable_qat", "enable_qat_fx", "enable_diffq")
+    if not flag:
+        return None
+    if args.device not in (None, "cpu"):
+        raise InputError(f"--{flag} runs on the CPU; leave --device={args.device} out.")
+    args.device = "cpu"
+    return flag.removeprefix("enable_")
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -122,7 +144,11 @@ def load_torch(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple
     checkpoint = load_checkpoint(args.model_path)
     check_same_model(args.model_path, config, checkpoint, args)
     device = choose_device("cpu" if args.convert_onnx else args.device)
-    model = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
+    model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
+    if way := int8_way(args):
+        from quantization import quantize
+
+        model = quantize(model, way, checkpoint, args.batch_size)
     tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
     return TorchPredictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
 

@@ -31,6 +31,7 @@ from arguments import (
     natural_int,
     number,
     number_list,
+    one_of,
     positive_int,
 )
 from text import VOCABULARY_FILES, InputError, Labels, fail_cleanly, open_input
@@ -111,6 +112,13 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     bert.add_argument("--gradient_checkpointing", action="store_true",
                       help="compute activations twice in place of keeping them: less memory, slower")
 
+    int8 = parser.add_argument_group("quantization-aware training: evaluate.py answers in int8 with the same flag")
+    int8.add_argument("--enable_qat", action="store_true", help="weights and activations are rounded in training")
+    int8.add_argument("--enable_qat_fx", action="store_true", help="the same, for evaluation as a compiled graph")
+    int8.add_argument("--enable_diffq", action="store_true",
+                      help="DiffQ: learn the bits of each group of weights (the package diffq is CC BY-NC 4.0)")
+    int8.add_argument("--diffq_penalty", type=number(), default=1e-3, help="of each MB of its size (default: 1e-3)")
+
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
     machine.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
@@ -127,6 +135,13 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                      "--bert_use_feature_based")
     if args.epoch is None:
         args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]
+    if chosen := one_of(args, "enable_qat", "enable_qat_fx", "enable_diffq"):
+        for other in ("compile", "lora_r"):
+            if getattr(args, other):
+                parser.error(f"--{chosen} and --{other} do not go together; leave one of them out")
+        if args.enable_diffq and args.gradient_checkpointing:
+            parser.error("--enable_diffq draws noise for each pass, and --gradient_checkpointing computes some of it "
+                         "twice; leave one of them out")
     return args, config
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, EncodedData, make_loader
 from model import Classifier, parameter_groups
+from quantization import start_quantization
 from text import InputError
 from transformer import merged_weights
 from util import load_checkpoint, save_checkpoint
@@ -165,6 +166,7 @@ class Trainer:
         groups = parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr)
         optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_epsilon,
                                       fused=accelerator.device.type in ("cpu", "cuda"))
+        self.quantization = start_quantization(model, optimizer, args)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
         )
@@ -210,6 +212,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch},
                 "average": self.average.state_dict() if self.average else None,
+                "quantization": self.quantization.state_dict() if self.quantization else None,
                 "random": self._random_state(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             }
@@ -244,6 +247,8 @@ class Trainer:
             group["lr"] = base * factor(self.scheduler.last_epoch)
         if self.average:
             self.average.load_state_dict(state["average"])
+        if self.quantization:
+            self.quantization.load_state_dict(state["quantization"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -351,6 +356,8 @@ class Trainer:
             divergence = F.kl_div(p, q, reduction="none", log_target=True) + F.kl_div(
                 q, p, reduction="none", log_target=True)
             loss = loss + self.args.rdrop * divergence.sum(-1) / 4
+        if self.quantization:
+            loss = loss + self.quantization.penalty()
         return loss.sum()
 
     # --------------------------------------------------------------------------------------------------- evaluation
@@ -370,8 +377,7 @@ class Trainer:
             if better:
                 self.gained |= not self._is_tie(metrics)
                 self.best = point
-                save_checkpoint({**self.record, "metrics": point, "model": merged_weights(self.plain_model)},
-                                self.args.save_path)
+                save_checkpoint({**self.record, "metrics": point, **self._weights()}, self.args.save_path)
         if end_of_epoch:
             self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
             self.gained = False
@@ -380,6 +386,13 @@ class Trainer:
                 self.finished = True
         self._report(point, better, bar)
         self.save_state()
+
+    def _weights(self) -> dict[str, Any]:
+        """The model under the names of an fp32 model, and what quantizes it."""
+        weights = merged_weights(self.plain_model)
+        if not self.quantization:
+            return {"model": weights}
+        return {"model": self.quantization.weights(weights), "quantization": self.quantization.record()}
 
     def _is_better(self, metrics: dict[str, float]) -> bool:
         if not self.best:
@@ -416,4 +429,4 @@ _DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_
              "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
              "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
              "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers",
-             "lora_r", "compile")
+             "lora_r", "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
