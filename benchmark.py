@@ -1,10 +1,10 @@
 """Measure the toolkit: speed, memory and accuracy, as tables and a picture.
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
-Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, accuracy.json and accuracy.png; Markdown tables
-        on standard output.
+Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, inference.json, accuracy.json and accuracy.png;
+        Markdown tables on standard output.
 
-    python benchmark.py                     speed, vectors, memory and finetune: on an otherwise idle machine
+    python benchmark.py                     speed, vectors, memory, finetune and inference: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
     python benchmark.py table               print again what RESULTS holds
@@ -31,9 +31,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int
+from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int, positive_int
 from benchmarks.accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
 from benchmarks.finetune import measure_finetuning
+from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, figure, interleave, launch, training_rate
 from benchmarks.report import accuracy_table, draw_accuracy, figures_table, provenance
 from text import InputError, fail_cleanly
@@ -53,6 +54,10 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
     add_bert_flag(parser.add_argument_group("finetune, and accuracy of minilm-*"), "embeddings/all-MiniLM-L6-v2")
+    inference = parser.add_argument_group("inference")
+    inference.add_argument("--inference_models", nargs="+", default=list(AIMS), choices=list(AIMS), metavar="MODEL",
+                           help=f"(default: {' '.join(AIMS)})")
+    inference.add_argument("--num_threads", type=positive_int, default=2, help="(default: 2)")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
                           help="folders, by path or by their name under data/ (default: snips sst2)")
@@ -271,6 +276,7 @@ def generate_corpus(path: Path, lines: int, vocabulary: int) -> None:
 
 MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "finetune": measure_finetuning,
+    "inference": measure_inference,
 }
 VERBS = (*MEASURES, "accuracy", "table")
 

@@ -1,0 +1,274 @@
+"""Answering one sentence at a time: PyTorch, ONNX Runtime and int8 against a plain session of a plain export; then cold
+starts and batches."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from arguments import load_config
+from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, run_stage
+from benchmarks.measure import Sizes, figure, interleave
+from text import InputError, Lines
+
+logger = logging.getLogger(__name__)
+
+# What is measured, and how many times as fast as the plain session each model's answers are to be.
+AIMS: dict[str, dict[str, str]] = {
+    "minilm-cls": {"ONNX": ">= 1.3", "ONNX int8": ">= 5.5"},
+    "cnn": {"best": ">= 4"},
+    "densenet-cnn": {"best": ">= 2"},
+    "densenet-dsa": {"best": ">= 2"},
+}
+PLAIN = "plain ONNX"
+COLD_LIMITS = {"cnn": ("ONNX", 1.0), "minilm-cls": ("ONNX int8", 1.5)}  # seconds from the shell to the answer
+Answer = Callable[[str], int]
+
+
+def measure_inference(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Milliseconds a sentence of each model in each form, tokenization included; cold starts; sentences a second."""
+    sizes: Sizes = args.sizes
+    source = Path(args.data_dir)
+    notes = [f"data set {source.name}, test sentences one at a time on {args.num_threads} threads, medians; plain "
+             "ONNX: torch.onnx.export with dynamic sizes, in a session with the default options"]
+    figures: list[dict[str, Any]] = []
+    points, cold, batches = [], {}, {}
+    for name in args.inference_models:
+        case = Case(name, args, source, folder / name)
+        case.prepare()
+        sides, counts = case.sides()
+        times = case.time(sides, sizes.rounds)
+        rows = summarize(times, counts)
+        points += [{"model": name, "form": side, **row} for side, row in rows.items()]
+        figures += ratios(name, rows)
+        batches[name] = case.batches(sizes.rounds)
+        if name in COLD_LIMITS:
+            cold[name] = case.cold_starts(sizes.rounds)
+    for name, seconds in cold.items():
+        form, limit = COLD_LIMITS[name]
+        figures.append(figure(f"{name}, {form}, cold start : {limit:g} s", seconds[form] / limit, "<= 1",
+                              f"{seconds[form]:.2f} s, by PyTorch {seconds['PyTorch']:.2f} s"))
+    for name, rates in batches.items():
+        one = rates["ONNX, one at a time"]
+        figures += [figure(f"{name}, {side} : ONNX, one at a time", rate / one, "",
+                           f"{rate:,.0f} : {one:,.0f} sentences a second")
+                    for side, rate in rates.items() if side != "ONNX, one at a time"]
+    return {"notes": notes, "figures": figures, "points": points, "cold_seconds": cold, "sentences_a_second": batches,
+            "threads": args.num_threads}
+
+
+def summarize(times: dict[str, list[float]], counts: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Milliseconds a sentence and accuracy by form."""
+    return {side: {"median_ms": statistics.median(values), "mean_ms": statistics.mean(values),
+                   "accuracy": counts[side]} for side, values in times.items()}
+
+
+def ratios(name: str, rows: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """How many times as fast as the plain session each form is."""
+    plain = rows[PLAIN]
+    sides = [side for side in rows if side != PLAIN]
+    best = min(sides, key=lambda side: rows[side]["median_ms"])
+
+    def row(side: str, shown: str) -> dict[str, Any]:
+        mine = rows[side]
+        means = plain["mean_ms"] / mine["mean_ms"]
+        return figure(f"{name}, {PLAIN} : {shown}", plain["median_ms"] / mine["median_ms"], AIMS[name].get(shown, ""),
+                      f"{plain['median_ms']:.3f} : {mine['median_ms']:.3f} ms; by means {means:.2f}; accuracy "
+                      f"{100 * plain['accuracy']:.2f} : {100 * mine['accuracy']:.2f} %")
+
+    made = [row(side, side) for side in sides]
+    if "best" in AIMS[name]:
+        made.append({**row(best, "best"), "measured": f"{name}, {PLAIN} : the best of these, {best}"})
+    return made
+
+
+class Case:
+    """One model: trained if need be, exported, and measured in each form.
+
+    Args:
+        name: as the accuracy table has it.
+        source: the data set's raw text.
+        folder: to work in. The trained model is kept beside it for another time.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, source: Path, folder: Path) -> None:
+        self.name = name
+        self.args = args
+        self.folder = folder
+        self.source = source
+        self.data = folder / "data"
+        self.model = Path(args.scratch) / f"{name}.pt"
+        self.onnx, self.int8 = folder / "model.onnx", folder / "model.int8.onnx"
+        examples = list(Lines(source / SPLITS[2]))[: args.sizes.sentences]
+        self.sentences = [example.sentence for example in examples]
+        self.written = [example.label for example in examples]
+
+    def prepare(self) -> None:
+        """Encode, train where no model is kept, export."""
+        config = CONFIGS[self.name]
+        transformer = load_config(config)["emb_class"] != "glove"
+        pretrained = f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"
+        encode(self.source, self.data, config,
+               pretrained if transformer else f"--embedding_path={self.args.embedding_path}")
+        common = (f"--config={config}", f"--data_dir={self.data}")
+        if self.model.exists():
+            logger.info("[%s: trained before, %s]", self.name, self.model)
+        else:
+            recipe = RECIPES["snips", self.name][0].split()
+            run_stage("train.py", *common, *recipe, *([pretrained] if transformer else []), "--epoch=2", "--seed=1",
+                      *self.args.sizes.train_flags.split(), f"--save_path={self.model}",
+                      f"--log_dir={self.folder / 'runs'}", f"--log_path={self.folder / 'train.log'}",
+                      f"--bert_output_dir={self.folder / 'bert'}")
+        run_stage("evaluate.py", *common, f"--model_path={self.model}", "--convert_onnx", "--quantize_onnx",
+                  f"--onnx_path={self.onnx}", f"--quantized_onnx_path={self.int8}",
+                  f"--num_threads={self.args.num_threads}")
+
+    def sides(self) -> tuple[dict[str, Answer], dict[str, float]]:
+        """A function from a sentence to its class id for each form, and the accuracy of each."""
+        import torch
+
+        from dataset import pad
+        from inference import load
+        from model import load_classifier
+        from quantization import quantize
+        from text import text_encoder
+        from util import load_checkpoint
+
+        torch.set_num_threads(self.args.num_threads)
+        checkpoint = load_checkpoint(self.model)
+        tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
+        model = load_classifier(checkpoint, [str(self.data)]).eval()
+        plain = plain_session(model, self.folder / "plain.onnx", self.args.num_threads)
+        dynamic = quantize(load_classifier(checkpoint, [str(self.data)]).eval(), "dqm", checkpoint, 1)
+
+        def by_torch(module: Any) -> Answer:
+            def answer(sentence: str) -> int:
+                with torch.inference_mode():
+                    batch = pad([np.asarray(tokenizer(sentence))])
+                    return int(module(batch.input_ids, batch.attention_mask).argmax())
+
+            return answer
+
+        def by_plain(sentence: str) -> int:
+            ids = np.asarray(tokenizer(sentence), dtype=np.int64)[None]
+            return int(plain.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids, dtype=bool)})[0].argmax())
+
+        def by_onnx(path: Path) -> Answer:
+            classifier = load(path, self.args.num_threads)
+            places = {label: place for place, label in enumerate(classifier.labels.names)}
+            return lambda sentence: places[classifier.predict(sentence).label]
+
+        sides = {PLAIN: by_plain, "PyTorch": by_torch(model), "PyTorch dynamic int8": by_torch(dynamic),
+                 "ONNX": by_onnx(self.onnx), "ONNX int8": by_onnx(self.int8)}
+        targets = [checkpoint["labels"].index(label) for label in self.written]
+        counts = {side: sum(answer(s) == t for s, t in zip(self.sentences, targets, strict=True)) / len(targets)
+                  for side, answer in sides.items()}  # warms up, too
+        return sides, counts
+
+    def time(self, sides: dict[str, Answer], rounds: int) -> dict[str, list[float]]:
+        """Milliseconds of each sentence by each form, in turns of fifty sentences."""
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        with tqdm(total=rounds * len(self.sentences), unit="sentence", desc=self.name, disable=None) as bar:
+            for _ in range(rounds):
+                for start in range(0, len(self.sentences), 50):
+                    turn = self.sentences[start : start + 50]
+                    for side, answer in sides.items():
+                        answer(turn[0])  # the others have used the cache
+                        for sentence in turn:
+                            begin = time.perf_counter()
+                            answer(sentence)
+                            times[side].append(1000 * (time.perf_counter() - begin))
+                    bar.update(len(turn))
+        return times
+
+    def batches(self, rounds: int) -> dict[str, float]:
+        """Sentences a second in batches of 64 of like length, beside one at a time and beside OpenVINO's."""
+        from inference import load
+
+        exact, int8 = load(self.onnx, self.args.num_threads), load(self.int8, self.args.num_threads)
+
+        def rate(run: Callable[[], Any]) -> Callable[[], float]:
+            def measure() -> float:
+                begin = time.perf_counter()
+                run()
+                return len(self.sentences) / (time.perf_counter() - begin)
+
+            return measure
+
+        sides = {"ONNX, one at a time": rate(lambda: [exact.predict(sentence) for sentence in self.sentences]),
+                 "ONNX, batches of 64": rate(lambda: exact.predict(self.sentences, batch_size=64)),
+                 "ONNX int8, batches of 64": rate(lambda: int8.predict(self.sentences, batch_size=64))}
+        other = openvino_batches(self.folder / "plain.onnx", exact.tokenizer, self.args.num_threads)
+        if other:
+            sides["OpenVINO on the plain export, one at a time"] = rate(lambda: other(self.sentences, 1))
+            sides["OpenVINO on the plain export, batches of 64"] = rate(lambda: other(self.sentences, 64))
+        return {side: statistics.median(values) for side, values in interleave(sides, rounds, warm_up=True).items()}
+
+    def cold_starts(self, rounds: int) -> dict[str, float]:
+        """Seconds from the shell to the answer to one sentence: the whole process."""
+        onnx = ["--enable_ort", "--enable_inference", f"--num_threads={self.args.num_threads}"]
+        ways = {"PyTorch": [f"--model_path={self.model}", f"--data_dir={self.data}"],
+                "ONNX": [*onnx, f"--onnx_path={self.onnx}"],
+                "ONNX int8": [*onnx, "--quantize_onnx", f"--quantized_onnx_path={self.int8}"]}
+
+        def start(flags: list[str]) -> float:
+            begin = time.perf_counter()
+            done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--input_path=-", *flags], text=True,
+                                  input="play some jazz\n", stdout=subprocess.PIPE)
+            if done.returncode or '"label"' not in done.stdout:
+                raise InputError(f"evaluate.py ended with exit status {done.returncode}; its message stands above.")
+            return time.perf_counter() - begin
+
+        sides: dict[str, Callable[[], float]] = {way: partial(start, flags) for way, flags in ways.items()}
+        return {way: statistics.median(values) for way, values in interleave(sides, rounds, warm_up=True).items()}
+
+
+def plain_session(model: Any, path: Path, num_threads: int) -> Any:
+    """What somebody would do by hand: torch's exporter with dynamic sizes, a session with the default options."""
+    import onnxruntime
+    import torch
+
+    ids = torch.arange(1, 22).view(3, 7)
+    mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        torch.onnx.export(model, (ids * mask, mask), str(path), dynamo=True, verbose=False, external_data=False,
+                          input_names=["input_ids", "attention_mask"], output_names=["logits"],
+                          dynamic_shapes=(dynamic, dynamic))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def openvino_batches(path: Path, tokenizer: Any, num_threads: int) -> Callable[[list[str], int], None] | None:
+    """A function that classifies sentences in batches of like length with OpenVINO, None where it is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        logger.warning("[OpenVINO is not installed: pip install openvino to measure it, too]")
+        return None
+    from inference import pad
+
+    core = openvino.Core()
+    compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": num_threads,
+                                                     "PERFORMANCE_HINT": "LATENCY"})
+
+    def run(sentences: list[str], size: int) -> None:
+        rows = [row for row, _ in tokenizer.encode_batch(sentences)]
+        order = np.argsort([-len(row) for row in rows], kind="stable")
+        for start in range(0, len(rows), size):
+            ids, mask = pad([rows[i] for i in order[start : start + size]])
+            compiled({"input_ids": ids, "attention_mask": mask})
+
+    return run
