@@ -1,7 +1,7 @@
 """Measure the toolkit: speed, memory and accuracy, as tables and a picture.
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
-Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, inference.json, accuracy.json and accuracy.png;
+Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, inference.json and .png, accuracy.json and .png;
         Markdown tables on standard output.
 
     python benchmark.py                     speed, vectors, memory, finetune and inference: on an otherwise idle machine
@@ -36,7 +36,7 @@ from benchmarks.accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_acc
 from benchmarks.finetune import measure_finetuning
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, figure, interleave, launch, training_rate
-from benchmarks.report import accuracy_table, draw_accuracy, figures_table, provenance
+from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
 from text import InputError, fail_cleanly
 
 
@@ -57,6 +57,8 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     inference = parser.add_argument_group("inference")
     inference.add_argument("--inference_models", nargs="+", default=list(AIMS), choices=list(AIMS), metavar="MODEL",
                            help=f"(default: {' '.join(AIMS)})")
+    inference.add_argument("--checkpoints", metavar="FOLDER",
+                           help="keep the trained models here, and take those that are there (default: train anew)")
     inference.add_argument("--num_threads", type=positive_int, default=2, help="(default: 2)")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
@@ -297,7 +299,10 @@ def show(args: argparse.Namespace, verbs: list[str]) -> None:
             print(accuracy_table(rows))
             draw_accuracy(rows, path.with_suffix(".png"))
         else:
-            print(figures_table(json.loads(path.read_text(encoding="utf-8"))))
+            result = json.loads(path.read_text(encoding="utf-8"))
+            print(figures_table(result))
+            if name == "inference":
+                draw_inference(result["points"], path.with_suffix(".png"))
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ class Case:
     Args:
         name: as the accuracy table has it.
         source: the data set's raw text.
-        folder: to work in. The trained model is kept beside it for another time.
+        folder: to work in.
     """
 
     def __init__(self, name: str, args: argparse.Namespace, source: Path, folder: Path) -> None:
@@ -108,14 +108,14 @@ class Case:
         self.folder = folder
         self.source = source
         self.data = folder / "data"
-        self.model = Path(args.scratch) / f"{name}.pt"
+        self.model = Path(args.checkpoints or folder) / f"{name}.pt"
         self.onnx, self.int8 = folder / "model.onnx", folder / "model.int8.onnx"
         examples = list(Lines(source / SPLITS[2]))[: args.sizes.sentences]
         self.sentences = [example.sentence for example in examples]
         self.written = [example.label for example in examples]
 
     def prepare(self) -> None:
-        """Encode, train where no model is kept, export."""
+        """Encode, train where --checkpoints has no model yet, export."""
         config = CONFIGS[self.name]
         transformer = load_config(config)["emb_class"] != "glove"
         pretrained = f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"

@@ -125,3 +125,26 @@ def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(picture)
 
 
+def draw_inference(points: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against milliseconds a sentence: a colour a model, a shape a form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    models, forms = (list(dict.fromkeys(point[key] for point in points)) for key in ("model", "form"))
+    picture, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for point in points:
+        axes.plot(point["median_ms"], 100 * point["accuracy"], "osD^vP*X"[forms.index(point["form"]) % 8], markersize=8,
+                  color=f"C{models.index(point['model'])}", alpha=0.8)
+    axes.set(xscale="log", xlabel="milliseconds a sentence, median", ylabel="accuracy on test, %")
+    axes.grid(which="both", alpha=0.3)
+    handles = [Line2D([], [], marker="o", linestyle="", color=f"C{place}", label=model)
+               for place, model in enumerate(models)]
+    handles += [Line2D([], [], marker="osD^vP*X"[place % 8], linestyle="", color="grey", label=form)
+                for place, form in enumerate(forms)]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    with atomic_write(path, "wb") as file:
+        picture.savefig(file, format="png", dpi=120)
+    plt.close(picture)

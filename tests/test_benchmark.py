@@ -90,6 +90,23 @@ def test_finetune(raw: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["peak_mb"] > 10 and len(found["sentences_a_second"]) == 3
 
 
+def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--inference_models", "cnn", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}",
+             "--checkpoints=kept", "--num_threads=1")
+    run("inference", *flags)
+    found = result("inference")
+    assert {point["form"] for point in found["points"]} == {"plain ONNX", "PyTorch", "PyTorch dynamic int8", "ONNX",
+                                                            "ONNX int8"}
+    assert all(point["median_ms"] > 0 and 0 <= point["accuracy"] <= 1 for point in found["points"])
+    assert set(found["cold_seconds"]["cnn"]) == {"PyTorch", "ONNX", "ONNX int8"}
+    assert [row["aim"] for row in found["figures"] if row["aim"]] == [">= 4", "<= 1"]
+    trained = Path("kept/cnn.pt").stat().st_mtime_ns
+    run("inference", *flags)
+    assert Path("kept/cnn.pt").stat().st_mtime_ns == trained
+    assert "| cnn, ONNX, cold start : 1 s |" in capsys.readouterr().out
+    assert Path("results/inference.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_speed_without_its_data_set_uses_the_sample(raw: Place) -> None:
     args = benchmark.get_params(["--data_dir=data/nowhere", "--embedding_path=nothing.txt"])
     assert benchmark.available(args) == (ROOT / "data/sample", "none", [
