@@ -1,0 +1,280 @@
+"""Export to ONNX and int8: every architecture through evaluate.py, the rewrites of graphs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from conftest import Place
+from helpers import ENCODERS, ROOT, refusal, snapshot, write_config
+from test_transformer import Case, make_case
+
+import evaluate
+import export
+import preprocess
+import train
+from benchmarks.accuracy import code_hash
+from dataset import pad
+from graph import pack_attention, quantize_tables, select_early, tidy
+from inference import RECORD_KEY, load
+from model import load_classifier
+from text import InputError
+from util import load_checkpoint
+
+# Attention that is fused, a model all of convolutions, and one that looks back only. The matrix has them all.
+SLICE = [("BERT", "cls"), ("SqueezeBERT", "cls"), ("GPT-2", "cnn")]
+MATRIX = [(name, encoder) for name in ARCHITECTURES for encoder in ("cls", "cnn")]
+WAYS = {"PyTorch": [], "ONNX": ["--enable_ort"], "ONNX int8": ["--enable_ort", "--quantize_onnx"]}
+MODES = {"pred": [], "inference": ["--enable_inference"]}
+
+
+def onnx_flags(root: Path, *more: Any) -> list[str]:
+    """Flags for evaluate.py: a checkpoint and the files that it becomes."""
+    return [f"--model_path={root / 'model.pt'}", f"--data_dir={root / 'data'}", f"--onnx_path={root / 'model.onnx'}",
+            f"--quantized_onnx_path={root / 'int8.onnx'}", "--num_threads=1", *map(str, more)]
+
+
+def run_ways(root: Path, ways: dict[str, list[str]] = WAYS) -> dict[str, Any]:
+    """Convert a trained model and evaluate it in every way and mode; the figures for the table."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "draw_confusion", lambda *_: None)
+        evaluate.main(onnx_flags(root, "--convert_onnx", *(["--quantize_onnx"] if "ONNX int8" in ways else [])))
+        said: dict[str, dict[str, str]] = {}
+        for way, flags in ways.items():
+            for mode, more in MODES.items():
+                evaluate.main(onnx_flags(root, "--device=cpu", *flags, *more))
+                said.setdefault(way, {})[mode] = (root / f"data/test.txt.{mode}").read_text(encoding="utf-8")
+    rows = {way: [line.split("\t") for line in texts["pred"].splitlines()] for way, texts in said.items()}
+    assert all(texts["pred"] == texts["inference"] for texts in said.values())  # tokenized and raw
+    assert said["ONNX"] == said["PyTorch"]
+    figures = {way: sum(label == answer for _, label, answer in rows[way]) / len(rows[way]) for way in rows}
+    record = load(root / "model.onnx").record
+    int8 = load(root / "int8.onnx").record["int8"] if "ONNX int8" in ways else {}
+    return {"accuracy": figures, "difference": record["difference"], "int8": int8}
+
+
+def check_ways(figures: dict[str, Any]) -> None:
+    """What the matrix asks of every model."""
+    assert figures["difference"] <= 1e-4, figures
+    if int8 := figures["int8"]:
+        assert int8["share"] >= 0.9, figures
+        allowed = max(0.005, 1 / int8["examples"])  # a sentence of a small file is more than half a point
+        assert int8["accuracy"] >= int8["accuracy_fp32"] - allowed - 1e-9, figures
+
+
+def train_case(root: Path, name: str, encoder: str, epochs: int = 12) -> Case:
+    """A trained tiny model of an architecture."""
+    case = make_case(root, name, encoder)
+    preprocess.main(case.flags())
+    train.main(case.train_flags(f"--epoch={epochs}"))
+    return case
+
+
+@pytest.mark.parametrize(("name", "encoder"), SLICE)
+def test_slice(tmp_path: Path, name: str, encoder: str) -> None:
+    check_ways(run_ways(train_case(tmp_path / "case", name, encoder).root))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_words(encoded: Place, encoder: str) -> None:
+    write_config(encoded.config, encoder)
+    train.main(encoded.train_flags("--epoch=6"))
+    ways = {way: flags for way, flags in WAYS.items() if encoder != "gnb" or way != "ONNX int8"}
+    check_ways(run_ways(encoded.root, ways))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "encoder"), MATRIX)
+def test_matrix(tmp_path: Path, name: str, encoder: str) -> None:
+    """Figures go to .matrix/onnx/; what stands there already, by the same code, is not run again."""
+    kept = ROOT / ".matrix/onnx" / f"{name}-{encoder}-{code_hash()}.json"
+    if not kept.exists():
+        figures = run_ways(train_case(tmp_path / "case", name, encoder).root)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"architecture": name, "encoder": encoder, **figures}))
+    check_ways(json.loads(kept.read_text()))
+
+
+# ---------------------------------------------------------------------------------------------------------- graphs
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A tiny BERT, hardly trained. Not to be changed."""
+    return train_case(tmp_path_factory.mktemp("bert") / "case", "BERT", "cls", 1)
+
+
+@pytest.fixture(scope="module")
+def bert_graph(bert: Case) -> tuple[Any, onnx.ModelProto]:
+    """The classifier and its graph as the exporter leaves it. Not to be changed."""
+    model = load_classifier(load_checkpoint(bert.root / "model.pt"), []).eval()
+    return model, export.export_graph(model)
+
+
+def copy(graph: onnx.ModelProto) -> onnx.ModelProto:
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
+    return made
+
+
+def operators(graph: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in graph.graph.node]
+
+
+ROWS = [np.array(row) for row in ([5, 6, 7, 8, 9, 10, 11], [5], [6, 7], [9] * 40, [12, 5, 6])]
+
+
+def test_the_model_is_as_before_after_an_export(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    model, graph = bert_graph
+    assert model.embedding.transformer.config._attn_implementation != "onnx"
+    export.check(graph, model, ROWS)
+
+
+def test_each_rewrite_computes_the_same(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    model, graph = bert_graph
+    made = copy(graph)
+    for step in (tidy, select_early, pack_attention, tidy):
+        before = operators(made)
+        step(made.graph)
+        assert export.check(made, model, ROWS) < 1e-5
+        assert operators(made) != before or step is tidy
+    assert operators(made).count("Attention") == 3 and "MultiHeadAttention" not in operators(made)
+
+
+def test_the_last_layer_is_computed_at_one_position(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    made = export.simplify(copy(bert_graph[1]))
+    names = operators(made)
+    last = len(names) - 1 - names[::-1].index("Attention")
+    assert "Gather" in names[last:] and names[last:].count("MatMul") >= 3  # attention's output, two of the network
+
+
+def test_what_onnx_runtime_fuses(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    fused = operators(export.fuse(export.simplify(copy(bert_graph[1]))))
+    counts = [fused.count(name) for name in ("Attention", "BiasGelu", "SkipLayerNormalization")]
+    assert counts == [3, 2, 5]  # after three layers, of which the last is computed at one position
+
+
+def test_tables_in_int8(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    model, graph = bert_graph
+    made = copy(graph)
+    quantize_tables(made.graph, least=1000)
+    stored = {tensor.name for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    assert stored
+    found = np.concatenate(export.run_graph(made, [[row] for row in ROWS]))
+    with torch.inference_mode():
+        expected = torch.cat([model(torch.as_tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool))
+                              for row in ROWS]).numpy()
+    assert 0 < np.abs(found - expected).max() < 0.05
+
+
+def test_integer_operators_and_their_share(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    graph = export.simplify(copy(bert_graph[1]))
+    assert export.int8_share(graph) == 0.0
+    made = export.fuse(export.quantize(graph, export.Setting((), 8), ROWS))
+    assert export.int8_share(made) == 1.0 and {"QAttention", "DynamicQuantizeMatMul"} & set(operators(made))
+
+
+def test_pad_rows_and_unseen_words_of_a_table(trained: Place) -> None:
+    model = load_classifier(load_checkpoint(trained.model), [str(trained.data)]).eval()
+    rows = [np.array([2, 3, 40, 41, 42]), np.array([1]), np.array([len(model.embedding.frozen) + 3, 2])]
+    assert export.check(export.fuse(export.simplify(export.export_graph(model))), model, rows) < 1e-5
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_opsets(trained: Place, opset: int) -> None:
+    evaluate.main(onnx_flags(trained.root, "--convert_onnx", f"--onnx_opset={opset}"))
+    versions = {one.domain: one.version for one in onnx.load(trained.root / "model.onnx").opset_import}
+    assert versions[""] == opset
+
+
+def test_one_file(bert: Case, tmp_path: Path) -> None:
+    before = set(snapshot(bert.root))
+    evaluate.main(onnx_flags(bert.root, "--convert_onnx", f"--onnx_path={tmp_path / 'one.onnx'}"))
+    assert set(snapshot(bert.root)) == before
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".onnx", ".data", ".tmp")] == ["one.onnx"]
+
+
+# --------------------------------------------------------------------------------------------------------- refused
+
+
+def refused_without_a_trace(place: Place, *flags: Any) -> str:
+    before = snapshot(place.root)
+    said = refusal(evaluate.main, *onnx_flags(place.root, *flags))
+    assert snapshot(place.root) == before
+    return said
+
+
+def test_a_failing_check_leaves_no_file(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disturbed(graph: onnx.ModelProto) -> onnx.ModelProto:
+        made = fuse(graph)
+        for tensor in made.graph.initializer:
+            if len(tensor.dims) > 1:
+                array = onnx.numpy_helper.to_array(tensor) + 0.01
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(np.float32), tensor.name))
+        return made
+
+    fuse = export.fuse
+    monkeypatch.setattr(export, "fuse", disturbed)
+    assert "does not agree with PyTorch" in refused_without_a_trace(trained, "--convert_onnx")
+
+
+def test_a_failing_check_leaves_the_old_file(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trained.root / "model.onnx").write_bytes(b"old")
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    refused_without_a_trace(trained, "--convert_onnx")
+
+
+def test_int8_that_loses_too_much(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate.main(onnx_flags(trained.root, "--convert_onnx"))
+    monkeypatch.setattr(export, "SHARE_LIMIT", 1.1)
+    said = refusal(evaluate.main, *onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx"))
+    assert "no int8 form" in said and not (trained.root / "int8.onnx").exists()
+
+
+def test_nothing_to_quantize(encoded: Place) -> None:
+    write_config(encoded.config, "gnb")
+    train.main(encoded.train_flags("--epoch=1"))
+    said = refusal(evaluate.main, *onnx_flags(encoded.root, "--convert_onnx", "--quantize_onnx"))
+    assert "no matrices" in said and not (encoded.root / "int8.onnx").exists()
+
+
+def test_too_large_for_one_file(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "SIZE_LIMIT", 100)
+    assert "at most 2 GB" in refused_without_a_trace(trained, "--convert_onnx")
+
+
+def test_data_that_are_not_there(trained: Place) -> None:
+    (trained.data / "valid.txt.ids").unlink()
+    assert "valid.txt.ids: no such file" in refused_without_a_trace(trained, "--convert_onnx")
+
+
+def test_flags_that_go_together(trained: Place) -> None:
+    assert "--convert_onnx" in refused_without_a_trace(trained, "--quantize_onnx")
+    assert "cpu" in refused_without_a_trace(trained, "--enable_ort", "--device=cuda")
+
+
+def test_the_record(trained: Place) -> None:
+    evaluate.main(onnx_flags(trained.root, "--convert_onnx"))
+    checkpoint = load_checkpoint(trained.model)
+    metadata = onnxruntime.InferenceSession(str(trained.root / "model.onnx")).get_modelmeta().custom_metadata_map
+    record = json.loads(metadata[RECORD_KEY])
+    assert all(record[key] == checkpoint[key] for key in ("run_id", "labels", "facts", "config"))
+    with pytest.raises(InputError, match="no such file"):
+        load(trained.root / "other.onnx")
+
+
+def test_padding_is_of_no_consequence(bert: Case, tmp_path: Path) -> None:
+    """Law 1 of the exported file."""
+    evaluate.main(onnx_flags(bert.root, "--convert_onnx", f"--onnx_path={tmp_path / 'one.onnx'}"))
+    classifier = load(tmp_path / "one.onnx", 1)
+    together = classifier.logits(ROWS)
+    alone = np.concatenate([classifier.logits([row]) for row in ROWS])
+    assert np.abs(together - alone).max() < 1e-5
+    assert pad(ROWS).input_ids.shape == (5, 40)
