@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 WEIGHT_MAX = 64  # weights are rounded to -64..64, see above
 ACTIVATION_MAX = 255
 MOMENTUM = 0.05  # of the moving average of the activations' ranges: of some twenty batches
+BITS_LR = 1e-2  # DiffQ's own, 1e-3, moves the bits by less than one in the few hundred steps that runs here often have
 DIFFQ_SUFFIX = "_diffq"  # of the parameters that DiffQ adds
 
 # --------------------------------------------------------------------------------------------------------- products
@@ -299,7 +300,7 @@ class DiffQuantization:
         size = next(size for size in (8, 4, 2, 1) if all(weight.numel() % size == 0 for weight in chosen.values()))
         self.diffq_penalty = args.diffq_penalty
         self.quantizer = DiffQuantizer(model, min_size=0, group_size=size, exclude=others, suffix=DIFFQ_SUFFIX)
-        self.quantizer.setup_optimizer(optimizer)
+        self.quantizer.setup_optimizer(optimizer, lr=BITS_LR)
 
     def penalty(self) -> Tensor | float:
         """Added to the mean loss of an example: the model's size in MB, weighted."""
@@ -423,8 +424,8 @@ def restore_diffq(model: Classifier, checkpoint: dict[str, Any]) -> None:
 SHORTEST = 4  # positions: shorter sentences are padded, since graphs specialize on sizes such as 1
 
 
-class CompiledGraph(nn.Module):
-    """A classifier with int8 products, exported as one graph and compiled by inductor.
+class CompiledGraph:
+    """A classifier with int8 products, exported as one graph and compiled by inductor; called as the model is.
 
     The products stay calls of the same int8 kernels; what lies between them is fused. Without a C++ compiler the graph
     runs uncompiled, and the log says so.
@@ -436,7 +437,6 @@ class CompiledGraph(nn.Module):
     """
 
     def __init__(self, model: Classifier, batch_size: int, n_ctx: int) -> None:
-        super().__init__()
         for module in model.modules():
             if isinstance(module, Int8Product):
                 module.parts = [_as_operator(*part) for part in zip(module.parts, module.sizes, strict=True)]
@@ -461,7 +461,7 @@ class CompiledGraph(nn.Module):
             self.graph = exported
         logger.info("[graph] exported in %.1f s, compiled in %.1f s", between - begin, time.perf_counter() - between)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids [B, T], attention_mask [B, T] bool -> logits [B, C]."""
         count, length = input_ids.shape
         more = (0, max(0, SHORTEST - length), 0, max(0, self.fewest - count))
