@@ -16,7 +16,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,14 @@ def load(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predi
     return Predictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
 
 
+def fp32_predictor(predictor: Predictor, checkpoint: dict[str, Any], args: argparse.Namespace) -> Predictor:
+    """The same predictor without int8."""
+    from model import load_classifier
+
+    model = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).eval()
+    return replace(predictor, model=model)
+
+
 def check_same_model(config: dict[str, Any], trained: dict[str, Any], args: argparse.Namespace) -> None:
     """Refuse a config that describes another model than the checkpoint's (its training settings do not matter)."""
     keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
@@ -231,6 +239,15 @@ def read_examples(path: Path, labels: Labels, skip_bad_lines: bool, limit: int) 
     return sentences, written, np.array(targets)
 
 
+def compare(predictions: np.ndarray, whole: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Log how int8's answers differ from those of fp32, `whole`, and return the figures."""
+    changed, accuracy = float((predictions != whole).mean()), float((whole == targets).mean())
+    lost = accuracy - float((predictions == targets).mean())
+    logger.log(logging.WARNING if lost > 0.005 else logging.INFO, "[int8] %.2f %% of the predictions differ from "
+               "those of fp32, whose accuracy is %.4f (%.2f points lost)", 100 * changed, accuracy, 100 * lost)
+    return {"changed": changed, "fp32_accuracy": accuracy}
+
+
 def write_predictions(path: Path, sentences: list[str], written: list[str], predicted: list[str]) -> None:
     """Write sentence TAB label TAB prediction."""
     with atomic_write(path) as file:
@@ -320,6 +337,12 @@ def main(argv: list[str] | None = None) -> None:
         probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
     predictions = probabilities.argmax(1)
     correct = int((predictions == targets).sum())
+    compared = {}
+    if int8_way(args):
+        plain = fp32_predictor(predictor, checkpoint, args)
+        whole = evaluate_raw(plain, sentences)[0] if args.enable_inference else evaluate_encoded(
+            plain, data, 64, len(sentences))[0]
+        compared = compare(predictions, whole.argmax(1), targets)
     timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
 
     figures = report(targets, predictions, predictor.labels, f"{args.model_path}.confusion.png")
@@ -332,7 +355,8 @@ def main(argv: list[str] | None = None) -> None:
     target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
     write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
     write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                "timing": timing, "flags": vars(args), "run_id": checkpoint["run_id"], "config": checkpoint["config"],
+                **compared, "timing": timing, "flags": vars(args), "run_id": checkpoint["run_id"],
+                "config": checkpoint["config"],
                 "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{args.model_path}.test.json")
 

@@ -68,7 +68,7 @@ def predicted(data: Path, kind: str = "pred") -> list[str]:
 
 def share(said: str) -> float:
     """The percentage of int8 weights that the log names last."""
-    return float(re.findall(r"\[int8\] ([\d.]+) %", said)[-1])
+    return float(re.findall(r"\[int8\] ([\d.]+) % of the \d+ weights", said)[-1])
 
 
 # --------------------------------------------------------------------------------------------------------- products
@@ -251,13 +251,15 @@ def check_ways(model: Path, data: Path, flags: list[str], way: str, trained: dic
             evaluate.main([*flags, mode, *([flag] if flag else [])])
             answers[flag, kind] = predicted(data, kind)
         assert answers[flag, "pred"] == answers[flag, "inference"]
+        changed = sum(one != other for one, other in zip(answers["", "pred"], answers[flag, "pred"], strict=True))
+        assert changed <= 2, flag
+        if flag:
+            assert results(model)["changed"] == pytest.approx(changed / len(answers[flag, "pred"]))
+            assert "of the predictions differ from those of fp32" in caplog.text
         if flag == "--enable_diffq":
             assert re.search(r"\[DiffQ\] [\d.]+ MB compressed, in fp32 [\d.]+ MB", caplog.text)
         elif flag:
             assert share(caplog.text) >= 90.0
-    for flag in ("--enable_dqm", f"--enable_{way}"):
-        changed = sum(one != other for one, other in zip(answers["", "pred"], answers[flag, "pred"], strict=True))
-        assert changed <= 2, flag
 
 
 @pytest.mark.parametrize("flags", [["--enable_qat"], ["--enable_qat_fx", "--ema_decay=0.9"],
