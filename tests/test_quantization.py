@@ -334,6 +334,20 @@ def test_gradient_checkpointing_sees_a_batch_once(tmp_path: Path) -> None:
         assert entry["scale"] == pytest.approx(scales[1][name]["scale"], rel=1e-3)
 
 
+@pytest.mark.parametrize("way", ["qat", "diffq"])
+def test_frozen_transformers(tmp_path: Path, way: str) -> None:
+    case = make_case(tmp_path / "case", "BERT")
+    preprocess.main(case.flags())
+    train.main(case.train_flags("--epoch=1", "--bert_use_feature_based", f"--enable_{way}"))
+    frozen = load_classifier(load_checkpoint(case.root / "model.pt"), []).embedding.transformer.state_dict()
+    before = load_pretrained(str(case.root / "model")).state_dict()
+    assert all(torch.equal(frozen[name], before[name]) for name in before)
+    entry = load_checkpoint(case.root / "model.pt")["quantization"]
+    transformers = [name for name in entry["scales" if way == "qat" else "tensors"] if "transformer" in name]
+    assert bool(transformers) == (way == "qat")  # nothing says how many bits a frozen weight needs
+    evaluate.main(case.evaluate_flags(f"--enable_{way}"))
+
+
 # ------------------------------------------------------------------------------------------------------- graph mode
 
 
