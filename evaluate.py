@@ -86,12 +86,12 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 
 
 def int8_way(args: argparse.Namespace) -> str | None:
-    """The way of quantization that the flags ask for: dqm, qat, qat_fx or diffq, or None.
+    """The way of quantization in PyTorch that the flags ask for: dqm, qat, qat_fx or diffq, or None.
 
-    Two of them, or one on a GPU, end the stage with exit status 2.
+    Two of them, one beside ONNX, or one on a GPU end the stage with exit status 2.
     """
-    flag = one_of(args, "enable_dqm", "enable_qat", "enable_qat_fx", "enable_diffq")
-    if not flag:
+    flag = one_of(args, "enable_ort", "convert_onnx", "enable_dqm", "enable_qat", "enable_qat_fx", "enable_diffq")
+    if flag in (None, "enable_ort", "convert_onnx"):
         return None
     if args.device not in (None, "cpu"):
         raise InputError(f"--{flag} runs on the CPU; leave --device={args.device} out.")
@@ -132,8 +132,13 @@ class TorchPredictor:
             return self.model(batch.input_ids, batch.attention_mask).softmax(-1).cpu().numpy()
 
 
-def load_torch(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[TorchPredictor, dict[str, Any]]:
-    """The model of MODEL_PATH, checked against the config where one is given, and its checkpoint."""
+def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
+               way: str | None = None) -> tuple[TorchPredictor, dict[str, Any]]:
+    """The model of MODEL_PATH, checked against the config where one is given, and its checkpoint.
+
+    Args:
+        way: of quantization, see `int8_way`; None: the model in fp32.
+    """
     import torch
 
     from model import load_classifier
@@ -145,7 +150,7 @@ def load_torch(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple
     check_same_model(args.model_path, config, checkpoint, args)
     device = choose_device("cpu" if args.convert_onnx else args.device)
     model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
-    if way := int8_way(args):
+    if way:
         from quantization import quantize
 
         model = quantize(model, way, checkpoint, args.batch_size)
@@ -270,6 +275,15 @@ def read_examples(path: Path, labels: Labels, skip_bad_lines: bool, limit: int) 
     return sentences, written, np.array(targets)
 
 
+def compare(predictions: np.ndarray, whole: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Log how int8's answers differ from those of fp32, `whole`, and return the figures."""
+    changed, accuracy = float((predictions != whole).mean()), float((whole == targets).mean())
+    lost = accuracy - float((predictions == targets).mean())
+    logger.log(logging.WARNING if lost > 0.005 else logging.INFO, "[int8] %.2f %% of the predictions differ from "
+               "those of fp32, whose accuracy is %.4f (%.2f points lost)", 100 * changed, accuracy, 100 * lost)
+    return {"changed": changed, "fp32_accuracy": accuracy}
+
+
 def write_predictions(path: Path, sentences: list[str], written: list[str], predicted: list[str]) -> None:
     """Write sentence TAB label TAB prediction."""
     with atomic_write(path) as file:
@@ -353,7 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.convert_onnx:
         convert_onnx(args, config)
         return
-    predictor, record = (load_onnx if args.enable_ort else load_torch)(args, config)
+    way = int8_way(args)
+    predictor, record = load_onnx(args, config) if args.enable_ort else load_torch(args, config, way)
     folder = Path(args.data_dir or record["flags"]["data_dir"])
     if args.input_path:
         classify_lines(predictor, args)
@@ -373,6 +388,12 @@ def main(argv: list[str] | None = None) -> None:
         probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
     predictions = probabilities.argmax(1)
     correct = int((predictions == targets).sum())
+    compared = {}
+    if way:
+        plain, _ = load_torch(args, config)
+        whole = evaluate_raw(plain, sentences)[0] if args.enable_inference else evaluate_encoded(
+            plain, data, 64, len(sentences))[0]
+        compared = compare(predictions, whole.argmax(1), targets)
     timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
 
     figures = report(targets, predictions, predictor.labels, f"{path}.confusion.png")
@@ -385,8 +406,8 @@ def main(argv: list[str] | None = None) -> None:
     target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
     write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
     write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                "timing": timing, "flags": vars(args), "run_id": record["run_id"], "config": record["config"],
-                "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                **compared, "timing": timing, "flags": vars(args), "run_id": record["run_id"],
+                "config": record["config"], "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{path}.test.json")
 
 

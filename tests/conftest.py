@@ -65,6 +65,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
             f"| {row['architecture']} | {row['encoder']} | {accuracy['PyTorch']:.2f} | {accuracy['ONNX']:.2f} | "
             f"{accuracy['ONNX int8']:.2f} | {row['difference']:.0e} | {int8['share']:.1%} | {int8['changed']:.1%} | "
             f"{int8['setting']} |")
+    rows = [json.loads(path.read_text()) for path in sorted((ROOT / ".matrix/int8").glob(f"*-{code_hash()}-*.json"))]
+    if rows:
+        ways = [row["way"] for row in rows[-1]["rows"]]
+        terminalreporter.write_line("\ntest accuracy (predictions changed by int8, of 60) by way, from encoded text; "
+                                    "raw text answers the same\n\n| model | encoder | " + " | ".join(ways) + " |\n| "
+                                    + "--- | " * (2 + len(ways)))
+    for row in rows:
+        cells = ["no matrices" if "refused" in way else f"{way['pred']:.2f} ({way['pred_changed']})"
+                 for way in row["rows"]]
+        terminalreporter.write_line(f"| {row['architecture']} | {row['encoder']} | {' | '.join(cells)} |")
 
 
 @dataclass
