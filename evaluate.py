@@ -407,8 +407,9 @@ def main(argv: list[str] | None = None) -> None:
     write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
     write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
                 **compared, "timing": timing, "flags": vars(args), "run_id": record["run_id"],
-                "config": record["config"], "git_revision": git_revision(), "versions": versions(), "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "command": " ".join(["evaluate.py", *sys.argv[1:]])}, f"{path}.test.json")
+                "config": record["config"], "git_revision": git_revision(), "versions": versions(),
+                "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(["evaluate.py", *sys.argv[1:]])},
+               f"{path}.test.json")
 
 
 def check_same_data(data: Any, record: dict[str, Any], path: str) -> None:
