@@ -1,6 +1,6 @@
 # make quickstart    install, then train and try a classifier on data/sample
 # make test          the tests; make test-real: those on the real data sets and vectors;
-#                    make test-matrix: every transformer architecture through the stages
+#                    make test-matrix: every transformer architecture through the stages and to ONNX
 # make lint          ruff and mypy
 
 PYTHON ?= python3

@@ -45,6 +45,8 @@ def make_session(model: str | bytes, num_threads: int = 0) -> onnxruntime.Infere
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised, too
+    # export.fuse has optimized the graph already: a start need not do it again.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = num_threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
