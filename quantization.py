@@ -19,6 +19,7 @@ installed, transformers imports it at every start.)
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import logging
 import time
@@ -153,7 +154,8 @@ class Int8Product(nn.Module):
 
     kind: str
     parts: list[Callable[[Tensor], Tensor]]  # one for each group of a convolution: [..., inputs] -> [..., outputs]
-    sizes: list[int]  # their outputs
+    size: int  # outputs
+    geometry: tuple[int, int, list[int]]  # of a convolution: width, stride, zeros at both ends
 
     @classmethod
     def turn(cls, module: nn.Module, entry: dict[str, Any] | None = None) -> None:
@@ -165,8 +167,10 @@ class Int8Product(nn.Module):
         kind, weight, bias = kind_of(module), module.weight, module.bias
         assert kind and isinstance(weight, Tensor)
         scales = weight_scale(module) if entry is None else entry["weight_scale"]
-        groups = module.groups if isinstance(module, nn.Conv1d) else 1
-        if kind == "convolution":
+        groups = 1
+        if isinstance(module, nn.Conv1d):
+            groups, padding = module.groups, module._reversed_padding_repeated_twice
+            module.geometry = module.kernel_size[0], module.stride[0], padding  # type: ignore[assignment]
             weight = weight.transpose(1, 2).flatten(1)  # [outputs, width * inputs], as windows lie
         matrix = (weight.t() if kind == "transposed" else weight).detach().float().contiguous()
         biases = bias.detach().float().chunk(groups) if isinstance(bias, Tensor) else [None] * groups
@@ -174,22 +178,33 @@ class Int8Product(nn.Module):
         module.__class__ = cls
         module.kind = kind  # type: ignore[assignment]
         module.parts = [_kernel(*piece, entry) for piece in pieces]  # type: ignore[assignment]
-        module.sizes = [len(piece[0]) for piece in pieces]  # type: ignore[assignment]
+        module.size = len(matrix)  # type: ignore[assignment]
         module.register_parameter("weight", None)
         module.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] (of a convolution [B, inputs, T]) -> [..., outputs] ([B, outputs, T])."""
+        outputs = self.multiply(x)
+        return outputs.transpose(1, 2) if self.kind == "convolution" else outputs
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """As forward, but that a convolution's outputs lie [B, T, outputs]."""
         if self.kind != "convolution":
             return self.parts[0](x.contiguous())
-        own: Any = self
-        (width,), (stride,), padding = own.kernel_size, own.stride, own._reversed_padding_repeated_twice
+        width, stride, padding = self.geometry
         outputs = []
         for group, part in zip(x.transpose(1, 2).chunk(len(self.parts), dim=2), self.parts, strict=True):
             if width > 1 or stride > 1:  # [B, T, inputs] -> windows [B, T', width * inputs]
                 group = F.pad(group, (0, 0, *padding)).unfold(1, width, stride).transpose(2, 3).flatten(2)
             outputs.append(part(group.contiguous()))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)).transpose(1, 2)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def shape(self, x: Tensor) -> list[Any]:
+        """The shape of `multiply`'s answer."""
+        if self.kind != "convolution":
+            return [*x.shape[:-1], self.size]
+        width, stride, padding = self.geometry
+        return [x.shape[0], (x.shape[2] + sum(padding) - width) // stride + 1, self.size]
 
 
 def _kernel(matrix: Tensor, bias: Tensor | None, scales: Tensor,
@@ -216,21 +231,38 @@ def _kernel(matrix: Tensor, bias: Tensor | None, scales: Tensor,
         torch.backends.quantized.engine = before  # type: ignore[assignment]
     if entry is None:
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
-    scale, zero_point = entry["scale"], entry["zero_point"]
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    return lambda x: multiply(x, scale, zero_point, packed)
+    return lambda x: multiply(x, entry["scale"], entry["zero_point"], packed)
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
-class FakeQuantization:
-    """QAT: all products of the model in training are fake-quantized.
+class Quantization:
+    """What the training loop asks of a way of quantization, made from a model, its optimizer and flags."""
 
-    Args:
-        model: on the CPU; its products change their form.
-        args: train.py's flags.
-    """
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of the quantization: plain data and tensors."""
+        return {}
+
+    def penalty(self) -> Tensor | float:
+        """Added to the mean loss of an example."""
+        return 0.0
+
+    def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The part of the model's state dict that an fp32 model has."""
+        return state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """For --resume: what is no parameter of the model."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """From --resume."""
+
+
+class FakeQuantization(Quantization):
+    """QAT: all products of the model in training are fake-quantized."""
 
     def __init__(self, model: Classifier, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         matrix_weights(model)
@@ -241,20 +273,10 @@ class FakeQuantization:
         model.register_forward_pre_hook(self._as_the_model)
 
     def _as_the_model(self, model: nn.Module, inputs: Any) -> None:
-        """A frozen transformer is in evaluation mode while the model trains; yet its ranges have to be found."""
-        for module in self.products.values():
+        for module in self.products.values():  # a frozen transformer's ranges have to be found in training, too
             module.training = model.training
 
-    def penalty(self) -> Tensor | float:
-        """Added to the mean loss of an example."""
-        return 0.0
-
-    def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The part of the model's state dict that an fp32 model has."""
-        return state
-
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of the quantization: plain data and tensors."""
         scales = {}
         for name, module in self.products.items():
             assert isinstance(module, FakeProduct)
@@ -265,27 +287,21 @@ class FakeQuantization:
         return {"way": self.way, "scales": scales}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For --resume: the range of each product's input, [2]."""
         return {name: torch.stack((module.low, module.high)) for name, module in self.products.items()}  # type: ignore
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """From --resume."""
         for name, module in self.products.items():
             assert isinstance(module, FakeProduct)
             module.low.copy_(state[name][0])
             module.high.copy_(state[name][1])
 
 
-class DiffQuantization:
+class DiffQuantization(Quantization):
     """DiffQ: noise in place of rounding, and a learned number of bits for each group of weights.
 
     Défossez, Adi and Synnaeve 2021 (arXiv 2104.09987). The authors' package is used, whose licence is CC BY-NC 4.0: no
-    commercial use. What it learns is stored as plain tensors and read without the package.
-
-    Args:
-        model: on the CPU; gets a parameter beside each table and matrix.
-        optimizer: gets a group of these.
-        args: train.py's flags.
+    commercial use. What it learns is stored as plain tensors and read without the package. The model gets a parameter
+    beside each table and matrix, and the optimizer a group of these.
 
     Raises:
         InputError: the package is not installed.
@@ -302,25 +318,22 @@ class DiffQuantization:
         if not chosen:
             raise InputError("--enable_diffq: all matrices are frozen, and nothing says how many bits they need.")
         self.names = {id(weight): name for name, weight in chosen.items()}
-        others = [name for name, weight in model.named_parameters(remove_duplicate=False)
-                  if id(weight) not in self.names]
+        everything = model.named_parameters(remove_duplicate=False)
+        others = [name for name, weight in everything if id(weight) not in self.names]
         # A group must divide every tensor.
         size = next(size for size in (8, 4, 2, 1) if all(weight.numel() % size == 0 for weight in chosen.values()))
-        self.diffq_penalty = args.diffq_penalty
+        self.weight = args.diffq_penalty
         self.quantizer = DiffQuantizer(model, min_size=0, group_size=size, exclude=others, suffix=DIFFQ_SUFFIX)
         self.quantizer.setup_optimizer(optimizer, lr=BITS_LR)
 
     def penalty(self) -> Tensor | float:
-        """Added to the mean loss of an example: the model's size in MB, weighted."""
-        return self.diffq_penalty * self.quantizer.model_size() if self.diffq_penalty else 0.0
+        return self.weight * self.quantizer.model_size() if self.weight else 0.0
 
     def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The part of the model's state dict that an fp32 model has."""
         return {name: value for name, value in state.items() if not name.endswith(DIFFQ_SUFFIX)}
 
     @torch.no_grad()
     def record(self) -> dict[str, Any]:
-        """What a checkpoint says of the quantization: plain data and tensors."""
         tensors = {}
         for own in self.quantizer._qparams:
             if own.other is None:
@@ -328,16 +341,6 @@ class DiffQuantization:
                 tensors[self.names[id(own.param)]] = {"levels": levels.cpu(), "bits": bits.cpu(), "low": low,
                                                       "high": high}
         return {"way": "diffq", "size_mb": self.quantizer.true_model_size(), "tensors": tensors}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """For --resume: nothing, since the bits are parameters of the model."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """From --resume."""
-
-
-Quantization = FakeQuantization | DiffQuantization
 
 
 def start_quantization(model: Classifier, optimizer: torch.optim.Optimizer,
@@ -415,7 +418,7 @@ def restore_diffq(model: Classifier, checkpoint: dict[str, Any]) -> None:
         InputError: the model was not trained with --enable_diffq.
     """
     trained = _trained_in(checkpoint, "diffq")
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())
     bits = torch.cat([entry["bits"] for entry in trained["tensors"].values()]).float()
     with torch.no_grad():
         for name, entry in trained["tensors"].items():
@@ -446,7 +449,8 @@ class CompiledGraph:
     def __init__(self, model: Classifier, batch_size: int, n_ctx: int) -> None:
         for module in model.modules():
             if isinstance(module, Int8Product):
-                module.parts = [_as_operator(*part) for part in zip(module.parts, module.sizes, strict=True)]
+                _PRODUCTS.append(copy.copy(module))
+                module.multiply = functools.partial(_operator(), place=len(_PRODUCTS) - 1)  # type: ignore
         self.fewest = min(2, batch_size)
         n_ctx = max(n_ctx, SHORTEST + 1)
         ids = torch.full((batch_size, n_ctx), 3)
@@ -479,23 +483,19 @@ class CompiledGraph:
         return self.graph(input_ids, attention_mask)[:count]
 
 
-_KERNELS: list[Callable[[Tensor], Tensor]] = []  # what the operator's numbers stand for
-
-
-def _as_operator(kernel: Callable[[Tensor], Tensor], outputs: int) -> Callable[[Tensor], Tensor]:
-    """A kernel as a call that stands in an exported graph as one node."""
-    _KERNELS.append(kernel)
-    return functools.partial(_operator(), place=len(_KERNELS) - 1, outputs=outputs)
+_PRODUCTS: list[Int8Product] = []  # what the operator's numbers stand for, as long as the process lives
 
 
 @functools.cache
 def _operator() -> Callable[..., Tensor]:
+    """An int8 product as a call that stands in an exported graph as one node."""
+
     @torch.library.custom_op("toolkit::int8_product", mutates_args=())
-    def int8_product(x: Tensor, place: int, outputs: int) -> Tensor:
-        return _KERNELS[place](x)
+    def int8_product(x: Tensor, place: int) -> Tensor:
+        return _PRODUCTS[place].multiply(x)
 
     @int8_product.register_fake
-    def _(x: Tensor, place: int, outputs: int) -> Tensor:
-        return x.new_empty(*x.shape[:-1], outputs)
+    def _(x: Tensor, place: int) -> Tensor:
+        return x.new_empty(_PRODUCTS[place].shape(x))
 
     return int8_product
