@@ -6,6 +6,7 @@ A graph is an onnx.ModelProto with the inputs input_ids [batch, length] int64 (0
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import logging
@@ -13,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +155,34 @@ def _quiet() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- optimize
 
 
-def simplify(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The exported graph with less to compute, still in fp32 and open to quantization."""
+def simplify(graph: onnx.ModelProto, pack: bool = True) -> onnx.ModelProto:
+    """The exported graph with less to compute, still in fp32 and open to quantization.
+
+    Args:
+        graph: left as it is.
+        pack: several products into one, where that is quicker.
+    """
     from onnxruntime.quantization.onnx_model import ONNXModel
 
-    wrapped = ONNXModel(graph)
+    wrapped = ONNXModel(_copy(graph))
     wrapped.replace_gemm_with_matmul()
-    for step in (tidy, select_early, pack_attention, tidy):
+    for step in (tidy, select_early, *([pack_attention] if pack else []), tidy):
         step(wrapped.model.graph)
     return wrapped.model
 
 
-def fuse(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph as ONNX Runtime itself fuses it, on any processor: done once here, not at every start."""
+def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
+    return made
+
+
+def fuse(graph: onnx.ModelProto, int8: bool = False) -> onnx.ModelProto:
+    """The graph as ONNX Runtime itself fuses it, on any processor: done once here, not at every start.
+
+    Args:
+        int8: the graph's products are quantized; a product joined with its bias first would stay in fp32.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -174,7 +190,8 @@ def fuse(graph: onnx.ModelProto) -> onnx.ModelProto:
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "fused.onnx")
-        onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"],
+                                     disabled_optimizers=["MatMulAddFusion"] if int8 else [])
         return onnx.load(options.optimized_model_filepath)
 
 
@@ -189,13 +206,44 @@ class Setting:
         calibrated: operators whose inputs have fixed scales, found on training sentences; those of the others are
             measured as they come.
         bits: of a weight. Seven keep processors without VNNI from saturating sums of two products.
+        trained: scales that quantization-aware training found, by the graph's names; see `trained_scales`.
     """
 
     calibrated: tuple[str, ...]
     bits: int
+    trained: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if self.trained:
+            return f"the scales of training, {self.bits}-bit weights per channel"
         return f"{' and '.join(self.calibrated) or 'nothing'} calibrated, {self.bits}-bit weights per channel"
+
+
+def trained_scales(exported: onnx.ModelProto, graph: onnx.ModelProto,
+                   scales: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What quantization-aware training found, for the graph's tensors: of each product its input and its weight.
+
+    Args:
+        exported: as `export_graph` made it; its operators know the modules that they come from.
+        graph: that one simplified, with each product an operator of its own.
+        scales: by module name; see quantization.scales_of.
+    """
+    modules: dict[str, str] = {}
+    for node in exported.graph.node:
+        said = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
+        module = next((name for name in reversed(ast.literal_eval(said)) if name in scales), None)
+        if module and node.op_type in FLOAT_OPERATORS:
+            # replace_gemm_with_matmul says so of weights that it transposed.
+            modules |= {node.input[1]: module, f"{node.input[1]}_Transposed": module}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in graph.graph.node:
+        if node.op_type in FLOAT_OPERATORS and node.input[1] in modules:
+            entry = scales[modules[node.input[1]]]
+            found[node.input[0]] = [{"scale": np.array(entry["scale"], dtype=np.float32),
+                                     "zero_point": np.array(entry["zero_point"], dtype=np.uint8)}]
+            found[node.input[1]] = [{"scale": np.array(scale), "zero_point": np.array(0, dtype=np.int8),
+                                     "axis": int(node.op_type != "Conv")} for scale in entry["weight_scale"].numpy()]
+    return found
 
 
 class _Sentences:
@@ -225,7 +273,9 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source, target = Path(folder) / "graph.onnx", Path(folder) / "int8.onnx"
         onnx.save(graph, source)
-        constant = {"MatMulConstBOnly": True}
+        constant: dict[str, Any] = {"MatMulConstBOnly": True}
+        if setting.trained:  # with products that answer in fp32, as in training
+            constant |= {"TensorQuantOverrides": setting.trained, "OpTypesToExcludeOutputQuantization": ["MatMul"]}
         if setting.calibrated:
             quantize_static(source, target, _Sentences(rows), quant_format=QuantFormat.QDQ, extra_options=constant,
                             op_types_to_quantize=list(setting.calibrated), activation_type=QuantType.QUInt8, **common)
@@ -240,6 +290,9 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
 def int8_share(graph: onnx.ModelProto) -> float | None:
     """The share of matrix and convolution weights that integer operators compute with, None where there are none."""
     weights = {tensor.name: tensor for tensor in graph.graph.initializer if len(tensor.dims) > 1}
+    for node in graph.graph.node:  # a weight that is stored in int8 and computed with in fp32
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
     sizes = {"int8": 0, "fp32": 0}
     seen: set[str] = set()
     for node in graph.graph.node:
@@ -315,8 +368,7 @@ def write(graph: onnx.ModelProto, record: dict[str, Any], vocabulary: str, path:
     """Write a graph with its metadata, whole or not at all. Returns the file's size in bytes."""
     import json
 
-    made = onnx.ModelProto()
-    made.CopyFrom(graph)
+    made = _copy(graph)
     del made.metadata_props[:]
     onnx.helper.set_model_props(made, {RECORD_KEY: json.dumps(record, ensure_ascii=False), VOCABULARY_KEY: vocabulary})
     content = made.SerializeToString()
@@ -343,7 +395,8 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
     kind = checkpoint["facts"]["kind"]
     valid = EncodedData(folder / f"valid.txt.{kind}")
     rows = check_rows(valid, checkpoint["facts"]["n_ctx"])
-    graph = simplify(export_graph(model, opset))
+    exported = export_graph(model, opset)
+    graph = simplify(exported)
     fused = fuse(graph)
     worst = check(fused, model, rows, num_threads)
     size = write(fused, make_record(checkpoint, opset=opset, difference=worst), checkpoint["vocabulary"], path)
@@ -351,7 +404,11 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
                 size / 1e6, path)
     if int8_path:
         train = EncodedData(folder / f"train.txt.{kind}")
-        made, figures = choose_int8(graph, fused, train, valid, num_threads)
+        trained = {}
+        if (checkpoint.get("quantization") or {}).get("way") in ("qat", "qat_fx"):
+            graph = simplify(exported, pack=False)
+            trained = trained_scales(exported, graph, checkpoint["quantization"]["scales"])
+        made, figures = choose_int8(graph, fused, train, valid, num_threads, trained=trained)
         size = write(made, make_record(checkpoint, opset=opset, int8=figures), checkpoint["vocabulary"], int8_path)
         logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", figures["setting"], size / 1e6, int8_path)
 
@@ -377,11 +434,13 @@ class Candidate:
 
 
 def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedData, valid: EncodedData,
-                num_threads: int = 0, limit: int = 2000) -> tuple[onnx.ModelProto, dict[str, Any]]:
+                num_threads: int = 0, limit: int = 2000,
+                trained: dict[str, Any] | None = None) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The fastest int8 form of a graph that keeps its accuracy on the valid sentences, found by measuring.
 
     Args:
         graph, fused: in fp32, as `simplify` and `fuse` made them.
+        trained: scales of quantization-aware training, which leave no choice.
 
     Returns:
         The int8 graph, and the figures for its metadata.
@@ -404,9 +463,10 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     allowed = max(1.0, LOSS_LIMIT * len(rows))  # one sentence of a small file is more than half a point
     convolves = ("Conv",) if any(node.op_type == "Conv" for node in graph.graph.node) else ()
     candidates = []
-    for calibrated, bits in itertools.product((convolves, (*convolves, "MatMul")), (8, 7)):
-        setting = Setting(calibrated, bits)
-        made = fuse(quantize(graph, setting, calibration))
+    settings = [Setting(calibrated, bits)
+                for calibrated, bits in itertools.product((convolves, (*convolves, "MatMul")), (8, 7))]
+    for setting in [Setting((*convolves, "MatMul"), 7, trained)] if trained else settings:
+        made = fuse(quantize(graph, setting, calibration), int8=True)
         found = predictions(made)
         candidates.append(Candidate(setting, made, int8_share(made) or 0.0, int((found == targets).sum()),
                                     int((found != expected).sum())))
