@@ -114,10 +114,8 @@ class FakeProduct(nn.Module):
     @classmethod
     def turn(cls, module: nn.Module) -> None:
         """Turn a product into this form. The ranges are no part of its state dict."""
-        kind = kind_of(module)
-        assert kind
+        module.kind = kind_of(module)  # type: ignore[assignment]
         module.__class__ = cls
-        module.kind = kind  # type: ignore[assignment]
         for name in ("low", "high"):
             module.register_buffer(name, torch.tensor(float("nan")), persistent=False)
 
