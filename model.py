@@ -55,7 +55,8 @@ class MaxOverTimeConv(nn.Module):
         for size, convolution in zip(self.kernel_sizes, self.convolutions, strict=True):
             # The window that ends at position i exists while its first position, i - k + 1, lies in the sentence.
             windows = F.pad(mask, (size - 1, 0), value=True).unsqueeze(1)
-            pooled.append(F.relu(convolution(x)).masked_fill(~windows, 0.0).amax(-1))
+            # ReLU after the maximum: the same, for one number a filter.
+            pooled.append(F.relu(convolution(x).masked_fill(~windows, float("-inf")).amax(-1)))
         return torch.cat(pooled, dim=1)
 
 

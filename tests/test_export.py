@@ -181,6 +181,52 @@ def test_integer_operators_and_their_share(bert_graph: tuple[Any, onnx.ModelProt
     assert export.int8_share(made) == 1.0 and {"QAttention", "DynamicQuantizeMatMul"} & set(operators(made))
 
 
+def check_trained_scales(root: Path) -> None:
+    """The int8 file of a model of QAT holds the scales of training, and answers as PyTorch's int8 does."""
+    flags = onnx_flags(root, "--device=cpu")
+    evaluate.main([*flags, "--enable_qat"])
+    expected = (root / "data/test.txt.pred").read_text(encoding="utf-8").splitlines()
+    evaluate.main([*flags, "--convert_onnx", "--quantize_onnx"])
+    figures = load(root / "int8.onnx").record["int8"]
+    assert figures["setting"].startswith("the scales of training") and figures["share"] >= 0.9
+    evaluate.main([*flags, "--enable_ort", "--quantize_onnx"])
+    answered = (root / "data/test.txt.pred").read_text(encoding="utf-8").splitlines()
+    changed = sum(one != other for one, other in zip(expected, answered, strict=True))
+    assert changed <= max(1, len(expected) // 50)
+    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(root / "int8.onnx").graph.initializer]
+    held = {array.astype(np.float32).tobytes() for array in tensors if array.ndim == 1}
+    scales = load_checkpoint(root / "model.pt")["quantization"]["scales"]
+    missing = [name for name, entry in scales.items() if len(entry["weight_scale"]) > 1
+               and "pooler" not in name and entry["weight_scale"].numpy().tobytes() not in held]  # nobody reads it
+    assert not missing
+
+
+@pytest.mark.parametrize("encoder", ["cnn", "densenet-cnn", "densenet-dsa"])
+def test_scales_of_training_on_words(encoded: Place, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
+    write_config(encoded.config, encoder)
+    train.main(encoded.train_flags("--epoch=2", "--enable_qat"))
+    check_trained_scales(encoded.root)
+
+
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "ALBERT", "SqueezeBERT"])
+def test_scales_of_training_in_transformers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
+    case = make_case(tmp_path / "case", name)
+    preprocess.main(case.flags())
+    train.main(case.train_flags("--epoch=6", "--enable_qat"))
+    check_trained_scales(case.root)
+
+
+def test_a_weight_that_is_only_stored_in_int8_is_none(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3), dtype=np.int8), "weight")
+    scale = onnx.numpy_helper.from_array(np.float32(0.1), "scale")
+    nodes = [onnx.helper.make_node("DequantizeLinear", ["weight", "scale"], ["exact"]),
+             onnx.helper.make_node("MatMul", ["x", "exact"], ["y"])]
+    made = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [], [weight, scale]))
+    assert export.int8_share(made) == 0.0
+
+
 def test_pad_rows_and_unseen_words_of_a_table(trained: Place) -> None:
     model = load_classifier(load_checkpoint(trained.model), [str(trained.data)]).eval()
     rows = [np.array([2, 3, 40, 41, 42]), np.array([1]), np.array([len(model.embedding.frozen) + 3, 2])]
