@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
         terminalreporter.write_line(
             f"| {row['architecture']} | {row['encoder']} | {row['loss_before']:.2f} to {row['loss']:.2f} | "
             f"{row['accuracy']:.2f} | {row['raw_accuracy']:.2f} | {row['apart']:.0e} |")
-    rows = [json.loads(path.read_text()) for path in sorted((ROOT / ".matrix/onnx").glob(f"*-{code_hash()}.json"))]
+    rows = [json.loads(path.read_text()) for path in sorted((ROOT / ".matrix/onnx").glob(f"*-{code_hash()}-*.json"))]
     terminalreporter.write_line(
         "\n| architecture | encoder | accuracy: PyTorch | ONNX | ONNX int8 | largest difference of a logit in ONNX | "
         "int8: share of the weights | predictions changed | how |\n|" + " --- |" * 9)

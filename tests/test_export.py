@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def test_words(encoded: Place, encoder: str) -> None:
 @pytest.mark.parametrize(("name", "encoder"), MATRIX)
 def test_matrix(tmp_path: Path, name: str, encoder: str) -> None:
     """Figures go to .matrix/onnx/; what stands there already, by the same code, is not run again."""
-    kept = ROOT / ".matrix/onnx" / f"{name}-{encoder}-{code_hash()}.json"
+    code = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in ("export.py", "graph.py"))).hexdigest()[:8]
+    kept = ROOT / ".matrix/onnx" / f"{name}-{encoder}-{code_hash()}-{code}.json"
     if not kept.exists():
         figures = run_ways(train_case(tmp_path / "case", name, encoder).root)
         kept.parent.mkdir(parents=True, exist_ok=True)
