@@ -15,11 +15,16 @@ GLOVE_WORDS = 400_000  # in GloVe 6B
 
 def provenance(command: str) -> dict[str, Any]:
     """Where a result comes from."""
+    import torch
+
     from util import git_revision, versions
 
+    able = torch.cpu.get_capabilities()
+    quick = [name for name in ("avx2", "avx512_f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+             if able.get(name)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"git_revision": git_revision(), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
-            "versions": versions(), "cores": cores}
+            "versions": versions(), "cores": cores, "instructions": quick}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -34,7 +39,9 @@ def figures_table(result: dict[str, Any]) -> str:
     rows = [[row["measured"], f"{row['ratio']:.3g}", row["aim"], says[row["met"]], row["beside"]]
             for row in result["figures"]]
     table = markdown(["measured", "ratio", "aim", "met", "absolute"], rows)
-    notes = "; ".join([*result["notes"], f"{result['cores']} cores", f"revision {result['git_revision']}"])
+    machine = " ".join([f"{result['cores']} cores", *(["with", *result["instructions"]] if "instructions" in result
+                                                      else [])])
+    notes = "; ".join([*result["notes"], machine, f"revision {result['git_revision']}"])
     return f"{table}\n\n{notes}\n"
 
 
