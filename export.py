@@ -25,7 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import EncodedData, pad
-from graph import pack_attention, quantize_tables, select_early, tidy
+from graph import (
+    FLOAT_OPERATORS,
+    int8_share,
+    pack_attention,
+    quantize_tables,
+    select_early,
+    tabulate_convolutions,
+    tidy,
+)
 from inference import INPUTS, ONNX_FORMAT, OUTPUT, RECORD_KEY, VOCABULARY_KEY, make_session
 from model import Classifier, WordEmbedding
 from text import InputError, atomic_write
@@ -37,9 +45,6 @@ SIZE_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
 TOLERANCE = 1e-4  # on logits; relative where they are larger than 1, as a Gaussian's are
 LOSS_LIMIT = 0.005  # share of the valid sentences that int8 may answer wrongly and fp32 does not
 SHARE_LIMIT = 0.9  # of the matrix and convolution weights must be int8
-INTEGER_OPERATORS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "QAttention",
-                     "QLinearConv", "QLinearMatMul", "QGemm")
-FLOAT_OPERATORS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention")
 
 # ---------------------------------------------------------------------------------------------------------- export
 
@@ -206,17 +211,20 @@ class Setting:
         calibrated: operators whose inputs have fixed scales, found on training sentences; those of the others are
             measured as they come.
         bits: of a weight. Seven keep processors without VNNI from saturating sums of two products.
+        tabulated: convolutions of words are looked up; see graph.tabulate_convolutions.
         trained: scales that quantization-aware training found, by the graph's names; see `trained_scales`.
     """
 
     calibrated: tuple[str, ...]
     bits: int
+    tabulated: bool = False
     trained: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.trained:
             return f"the scales of training, {self.bits}-bit weights per channel"
-        return f"{' and '.join(self.calibrated) or 'nothing'} calibrated, {self.bits}-bit weights per channel"
+        said = f"{' and '.join(self.calibrated) or 'nothing'} calibrated, {self.bits}-bit weights per channel"
+        return f"convolutions tabulated by word, {said}" if self.tabulated else said
 
 
 def trained_scales(exported: onnx.ModelProto, graph: onnx.ModelProto,
@@ -264,7 +272,7 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
     """A simplified graph with its matrices, convolutions and tables of vectors in int8.
 
     Args:
-        graph: as `simplify` made it; left as it is.
+        graph: as `simplify` made it, its convolutions tabulated where the setting says so; left as it is.
         rows: token ids of the calibration sentences.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -285,23 +293,6 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
         made = onnx.load(target)
     quantize_tables(made.graph)
     return made
-
-
-def int8_share(graph: onnx.ModelProto) -> float | None:
-    """The share of matrix and convolution weights that integer operators compute with, None where there are none."""
-    weights = {tensor.name: tensor for tensor in graph.graph.initializer if len(tensor.dims) > 1}
-    for node in graph.graph.node:  # a weight that is stored in int8 and computed with in fp32
-        if node.op_type == "DequantizeLinear" and node.input[0] in weights:
-            weights[node.output[0]] = weights[node.input[0]]
-    sizes = {"int8": 0, "fp32": 0}
-    seen: set[str] = set()
-    for node in graph.graph.node:
-        kind = "int8" if node.op_type in INTEGER_OPERATORS else "fp32" if node.op_type in FLOAT_OPERATORS else None
-        for name in set(node.input) & set(weights) - seen if kind else ():
-            seen.add(name)
-            sizes[kind] += int(np.prod(weights[name].dims))  # type: ignore[index]
-    total = sum(sizes.values())
-    return sizes["int8"] / total if total else None
 
 
 # ----------------------------------------------------------------------------------------------------------- check
@@ -465,8 +456,11 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     candidates = []
     settings = [Setting(calibrated, bits)
                 for calibrated, bits in itertools.product((convolves, (*convolves, "MatMul")), (8, 7))]
-    for setting in [Setting((*convolves, "MatMul"), 7, trained)] if trained else settings:
-        made = fuse(quantize(graph, setting, calibration), int8=True)
+    tabulated = _copy(graph)
+    if not trained and tabulate_convolutions(tabulated.graph):
+        settings += [Setting((), bits, tabulated=True) for bits in (8, 7)]
+    for setting in [Setting((*convolves, "MatMul"), 7, trained=trained)] if trained else settings:
+        made = fuse(quantize(tabulated if setting.tabulated else graph, setting, calibration), int8=True)
         found = predictions(made)
         candidates.append(Candidate(setting, made, int8_share(made) or 0.0, int((found == targets).sum()),
                                     int((found != expected).sum())))

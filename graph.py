@@ -1,9 +1,13 @@
-"""Rewrites of an ONNX graph that ONNX Runtime does not do itself. Each changes a onnx.GraphProto in place."""
+"""Rewrites of an ONNX graph that ONNX Runtime does not do itself, and how much of one is in int8.
+
+Each rewrite changes a onnx.GraphProto in place.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -12,6 +16,12 @@ from onnx import numpy_helper
 # Operators that compute each position by itself.
 ROWWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Where", "Not", "Cast", "Erf", "Gelu", "Relu", "Tanh", "Sigmoid",
            "LayerNormalization", "MatMul")
+INTEGER_OPERATORS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "QAttention",
+                     "QLinearConv", "QLinearMatMul", "QGemm")
+FLOAT_OPERATORS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention")
+# Elements of a table of convolutions, each a byte: the file holds it, each start reads it, and the export holds several
+# at once. With the shipped config 26,000 words have room; 400,000 would need two gigabytes.
+TABULATED_LIMIT = 1 << 27
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, list[Any]]:
@@ -163,3 +173,162 @@ def quantize_tables(graph: onnx.GraphProto, least: int = 1 << 16) -> None:
             ]):
                 graph.node.insert(at, new)
             graph.node.remove(node)
+
+
+def _walk(producers: dict[str, onnx.NodeProto], name: str, path: Sequence[tuple[str, int]]) -> list[onnx.NodeProto]:
+    """The nodes of a path up from a value, each an operator and the input to go on from; fewer where it ends early."""
+    found: list[onnx.NodeProto] = []
+    for operator, number in path:
+        node = producers.get(name)
+        if node is None or node.op_type != operator:
+            break
+        found.append(node)
+        name = node.input[number]
+    return found
+
+
+class _Convolution(NamedTuple):
+    """Of MaxOverTimeConv one width: weight [filters, size, width], bias [filters]; what it reads."""
+
+    lookup: onnx.NodeProto
+    mask: str
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+def _convolution_of_words(graph: onnx.GraphProto, name: str) -> _Convolution | None:
+    """The convolution of looked-up rows, padded by width - 1, of which a value is the maximum as MaxOverTimeConv's."""
+    producers = _producers(graph)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    up = (("Relu", 0), ("ReduceMax", 0), ("Where", 2), ("Conv", 0), ("Transpose", 0), ("Gather", 0))
+    nodes = _walk(producers, name, up)
+    if len(nodes) < len(up):
+        return None
+    _, most, masked, convolution, transpose, lookup = nodes
+    masking = _walk(producers, masked.input[0], (("Not", 0), ("Unsqueeze", 0), ("Pad", 0)))
+    read = [most.input[1], masked.input[1], *convolution.input[1:], lookup.input[0]]
+    if len(masking) < 3 or len(read) < 5:
+        return None
+    _, unsqueeze, padding = masking
+    read += [unsqueeze.input[1], *padding.input[1:3]]
+    if len(read) < 8 or not set(read) <= set(constants):
+        return None
+    axis, lowest, weight, bias, vectors, place, pads, inside = (numpy_helper.to_array(constants[one]) for one in read)
+    attributes = [{one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+                  for node in (most, convolution, transpose, lookup)]
+    width = weight.shape[2]
+    fits = (axis.tolist() in ([-1], [2]), attributes[0].get("keepdims", 1) == 0, np.isneginf(lowest).all(),
+            attributes[1].get("pads") == [width - 1] * 2, attributes[1].get("group", 1) == 1,
+            attributes[1].get("strides", [1]) == attributes[1].get("dilations", [1]) == [1],
+            attributes[2].get("perm") == [0, 2, 1], attributes[3].get("axis", 0) == 0, vectors.ndim == 2,
+            place.tolist() in ([1], 1), pads.tolist() == [0, width - 1, 0, 0], inside.all())
+    return _Convolution(lookup, padding.input[0], weight, bias) if all(fits) else None
+
+
+def tabulate_convolutions(graph: onnx.GraphProto, limit: int = TABULATED_LIMIT) -> bool:
+    """Look up what words add to convolutions and maxima over positions that read a table of word vectors.
+
+    A convolution is linear: what a word adds to a window depends on the word and on the tap (one position of one
+    kernel) that it meets there, and on nothing else. So a table holds it for each word and tap, [words * taps, filters]
+    in int8. Its scales are those of filters, the same for all words and taps of one, so that windows are summed and
+    their maxima taken in integers.
+
+    Args:
+        limit: elements that the table may have; beyond it, the graph stays as it is.
+
+    Returns:
+        Whether the graph has such convolutions, all followed by a maximum, and now looks them up.
+    """
+    for concat in [node for node in graph.node if node.op_type == "Concat"]:
+        found = [_convolution_of_words(graph, name) for name in concat.input]
+        convolutions = [one for one in found if one is not None]
+        alike = {(one.lookup.output[0], one.mask, len(one.bias)) for one in convolutions}
+        if len(convolutions) == len(found) and len(alike) == 1:
+            return _tabulate(graph, concat, convolutions, limit)
+    return False
+
+
+def _tabulate(graph: onnx.GraphProto, concat: onnx.NodeProto, convolutions: Sequence[_Convolution], limit: int) -> bool:
+    """Put a table in the place of the convolutions that a Concat joins; whether it stays within the limit."""
+    lookup, mask = convolutions[0].lookup, convolutions[0].mask
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    vectors = numpy_helper.to_array(constants[lookup.input[0]])
+    filters, widths = len(convolutions[0].bias), [one.weight.shape[2] for one in convolutions]
+    longest, taps = max(widths), sum(widths)
+    if len(vectors) * taps * filters > limit or vectors[0].any():  # windows read row 0 beyond a sentence's ends
+        return False
+    table = np.empty((len(vectors), taps, filters), dtype=np.int8)
+    scales = np.empty((len(widths), filters), dtype=np.float32)
+    kernel = np.repeat(np.arange(len(widths)), widths)  # of each tap
+    for number, one in enumerate(convolutions):
+        added = np.stack([vectors @ tap.T for tap in np.moveaxis(one.weight, 2, 0)], 1)  # [words, taps, filters]
+        scales[number] = np.maximum(np.abs(added).max((0, 1)) / 127, np.finfo(np.float32).tiny)
+        table[:, kernel == number] = np.rint(added / scales[number])
+
+    # Windows of all kernels end at the same words, so that the taps of a narrow one stand `longest - width` later.
+    place = np.concatenate([np.arange(longest - width, longest) for width in widths])[:, None]
+    first = np.array([longest - width for width in widths])[kernel, None]
+    nodes: list[onnx.NodeProto] = []
+
+    def constant(name: str, array: Any) -> str:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(array), f"{concat.output[0]}_{name}"))
+        return f"{concat.output[0]}_{name}"
+
+    def node(operator: str, *inputs: str, **attributes: Any) -> str:
+        output = f"{concat.output[0]}_tabulated_{len(nodes)}"
+        nodes.append(onnx.helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    beside, before = constant("beside", [0, longest - 1, 0, longest - 1]), constant("before", [0, longest - 1, 0, 0])
+    behind = constant("behind", [0, 0, 0, longest - 1])
+    # The windows of a sentence of T words start at 0 .. T + longest - 2, counted in words with pads on both sides.
+    length = node("Add", node("Shape", lookup.input[1], start=1, end=2), constant("more", [longest - 1]))
+    start = node("Range", constant("from", 0), node("Squeeze", length), constant("step", 1))
+    words = node("Pad", node("Mul", lookup.input[1], constant("taps", taps)), beside)
+    rows = node("Add", node("Gather", words, node("Add", start, constant("place", place)), axis=1),
+                constant("tap", np.arange(taps)[:, None]))  # [B, taps, windows]
+    # A window that begins behind its sentence reads the first one's words once more, which changes no maximum.
+    inside = node("Pad", node("Pad", mask, before, constant("true", True)), behind)
+    exists = node("Gather", inside, node("Add", start, constant("first", first)), axis=1)
+    axis = constant("axis", [2])
+    rows = node("Where", exists, rows, node("Slice", rows, constant("begin", [0]), constant("end", [1]), axis))
+    # The windows side by side make one product: [kernels, taps] by [B, taps, windows * filters].
+    looked_up = node("Gather", constant("table", table.reshape(-1, filters)), rows)
+    looked_up = node("Reshape", looked_up, constant("side_by_side", [0, taps, -1]))
+    members = constant("members", (kernel == np.arange(len(widths))[:, None]).astype(np.uint8))
+    sums = node("Reshape", node("MatMulInteger", members, looked_up),
+                constant("windows", [0, len(widths), -1, filters]))
+    most = node("ReduceMax", sums, axis, keepdims=0)  # [B, kernels, filters]
+    most = node("Mul", node("Cast", most, to=onnx.TensorProto.FLOAT), constant("scales", scales))
+    most = node("Relu", node("Add", most, constant("biases", np.stack([one.bias for one in convolutions]))))
+    nodes.append(onnx.helper.make_node("Reshape", [most, constant("flat", [0, len(widths) * filters])],
+                                       [concat.output[0]]))
+    at = list(graph.node).index(concat)
+    graph.node.remove(concat)
+    for new in reversed(nodes):
+        graph.node.insert(at, new)
+    tidy(graph)
+    return True
+
+
+def int8_share(graph: onnx.ModelProto) -> float | None:
+    """The share of matrix and convolution weights that integer operators compute with, None where there are none.
+
+    A table of `tabulate_convolutions` counts by its elements: its rows, looked up, are what an integer operator sums.
+    """
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer if len(tensor.dims) > 1}
+    for node in graph.graph.node:
+        weight = weights.get(node.input[0]) if node.input else None
+        # Stored in int8 and computed with in fp32, or looked up in int8.
+        if weight is not None and (node.op_type in ("DequantizeLinear", "Reshape") or (
+                node.op_type == "Gather" and weight.data_type == onnx.TensorProto.INT8)):
+            weights[node.output[0]] = weight
+    sizes = {"int8": 0, "fp32": 0}
+    seen: set[str] = set()
+    for node in graph.graph.node:
+        kind = "int8" if node.op_type in INTEGER_OPERATORS else "fp32" if node.op_type in FLOAT_OPERATORS else None
+        for name in set(node.input) & set(weights) - seen if kind else ():
+            seen.add(name)
+            sizes[kind] += int(np.prod(weights[name].dims))  # type: ignore[index]
+    total = sum(sizes.values())
+    return sizes["int8"] / total if total else None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import Place
-from helpers import ENCODERS, ROOT, refusal, snapshot, write_config
+from helpers import DIM, ENCODERS, ROOT, make_config, refusal, snapshot, write_config
 from test_transformer import Case, make_case
 
 import evaluate
@@ -23,9 +23,9 @@ import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import pad
-from graph import pack_attention, quantize_tables, select_early, tidy
+from graph import pack_attention, quantize_tables, select_early, tabulate_convolutions, tidy
 from inference import RECORD_KEY, load
-from model import load_classifier
+from model import Classifier, WordEmbedding, build_model, load_classifier
 from text import InputError
 from util import load_checkpoint
 
@@ -181,6 +181,53 @@ def test_integer_operators_and_their_share(bert_graph: tuple[Any, onnx.ModelProt
     assert export.int8_share(graph) == 0.0
     made = export.fuse(export.quantize(graph, export.Setting((), 8), ROWS))
     assert export.int8_share(made) == 1.0 and {"QAttention", "DynamicQuantizeMatMul"} & set(operators(made))
+
+
+def make_words(encoder: str = "cnn", /, **changes: Any) -> tuple[Classifier, onnx.ModelProto]:
+    """A random model of word vectors, and its graph."""
+    torch.manual_seed(3)
+    model = build_model(make_config(encoder, **changes), 4, WordEmbedding(torch.randn(50, DIM), 30)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, export.simplify(export.export_graph(model))
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 4, 5, 6], [5, 1]])
+def test_convolutions_tabulated_by_word(sizes: list[int]) -> None:
+    model, graph = make_words(kernel_sizes=sizes, num_filters=32)
+    made = copy(graph)
+    assert tabulate_convolutions(made.graph) and "Conv" not in operators(made)
+    assert {tuple(tensor.dims) for tensor in made.graph.initializer} >= {(50 * sum(sizes), 32)}
+    assert (50, DIM) not in {tuple(tensor.dims) for tensor in made.graph.initializer}  # nobody reads the vectors
+    batch = pad(ROWS)
+    with torch.inference_mode():
+        expected = model(batch.input_ids, batch.attention_mask).numpy()
+    together = export.run_graph(made, [ROWS])[0]
+    alone = np.concatenate(export.run_graph(made, [[row] for row in ROWS]))
+    assert 0 < np.abs(together - expected).max() < 0.02 * np.abs(expected).max()
+    assert np.abs(together - alone).max() < 1e-5
+    int8 = export.fuse(export.quantize(made, export.Setting((), 8, tabulated=True), ROWS), int8=True)
+    assert export.int8_share(int8) == 1.0 and export.int8_share(graph) == 0.0
+
+
+@pytest.mark.parametrize(("encoder", "limit"), [("cnn", 50 * 20 * 5 - 1), ("densenet-cnn", 1 << 27)])
+def test_convolutions_that_are_not_tabulated(encoder: str, limit: int) -> None:
+    graph = make_words(encoder)[1]
+    before = graph.SerializeToString()
+    assert not tabulate_convolutions(graph.graph, limit) and graph.SerializeToString() == before
+
+
+def test_a_file_with_convolutions_tabulated_by_word(trained: Place, monkeypatch: pytest.MonkeyPatch,
+                                                    caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
+    monkeypatch.setattr(export, "_time", lambda graphs, *_: [float(2**-number) for number in range(len(graphs))])
+    with caplog.at_level("INFO"):
+        evaluate.main(onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx"))
+    figures = load(trained.root / "int8.onnx").record["int8"]
+    assert figures["setting"].startswith("convolutions tabulated by word") and figures["share"] >= 0.9
+    assert "[int8: convolutions tabulated by word, " in caplog.text
+    evaluate.main(onnx_flags(trained.root, "--enable_ort", "--quantize_onnx", "--device=cpu"))
 
 
 def check_trained_scales(root: Path) -> None:
