@@ -34,6 +34,7 @@ from arguments import (
     add_device_flag,
     load_config,
     natural_int,
+    number,
     one_of,
     positive_int,
 )
@@ -65,6 +66,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                       help="with --convert_onnx: write an int8 file as well; with --enable_ort: evaluate it")
     onnx.add_argument("--onnx_path", default="pytorch-model.onnx", help="(default: %(default)s)")
     onnx.add_argument("--quantized_onnx_path", default="pytorch-model.onnx-quantized", help="(default: %(default)s)")
+    onnx.add_argument("--quantized_onnx_mb", type=number(), metavar="MB",
+                      help="how large the int8 file may be (default: as large as the fastest form is)")
     onnx.add_argument("--onnx_opset", type=int, choices=range(18, 24), default=20, metavar="18..23",
                       help="version of the ONNX operators (default: 20)")
     int8 = parser.add_argument_group("int8, on the CPU")
@@ -243,12 +246,12 @@ def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
 
 def _batches(lines: Lines, size: int, limit: int) -> Iterator[list[str]]:
     batch: list[str] = []
-    for number, example in enumerate(lines, 1):
+    for count, example in enumerate(lines, 1):
         batch.append(example.sentence)
-        if len(batch) == size or number == limit:
+        if len(batch) == size or count == limit:
             yield batch
             batch = []
-        if number == limit:
+        if count == limit:
             return
     if batch:
         yield batch
@@ -353,7 +356,8 @@ def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> Non
     predictor, checkpoint = load_torch(args, config)
     folder = Path(args.data_dir or checkpoint["flags"]["data_dir"])
     int8_path = args.quantized_onnx_path if args.quantize_onnx else None
-    convert(predictor.model, checkpoint, folder, args.onnx_path, int8_path, args.onnx_opset, args.num_threads)
+    convert(predictor.model, checkpoint, folder, args.onnx_path, int8_path, args.onnx_opset, args.num_threads,
+            args.quantized_onnx_mb)
 
 
 @fail_cleanly

@@ -6,7 +6,6 @@ A graph is an onnx.ModelProto with the inputs input_ids [batch, length] int64 (0
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import itertools
 import logging
@@ -26,13 +25,13 @@ from torch import Tensor, nn
 
 from dataset import EncodedData, pad
 from graph import (
-    FLOAT_OPERATORS,
     int8_share,
     pack_attention,
     quantize_tables,
     select_early,
     tabulate_convolutions,
     tidy,
+    trained_scales,
 )
 from inference import INPUTS, ONNX_FORMAT, OUTPUT, RECORD_KEY, VOCABULARY_KEY, make_session
 from model import Classifier, WordEmbedding
@@ -212,7 +211,7 @@ class Setting:
             measured as they come.
         bits: of a weight. Seven keep processors without VNNI from saturating sums of two products.
         tabulated: convolutions of words are looked up; see graph.tabulate_convolutions.
-        trained: scales that quantization-aware training found, by the graph's names; see `trained_scales`.
+        trained: scales that quantization-aware training found, by the graph's names; see graph.trained_scales.
     """
 
     calibrated: tuple[str, ...]
@@ -225,33 +224,6 @@ class Setting:
             return f"the scales of training, {self.bits}-bit weights per channel"
         said = f"{' and '.join(self.calibrated) or 'nothing'} calibrated, {self.bits}-bit weights per channel"
         return f"convolutions tabulated by word, {said}" if self.tabulated else said
-
-
-def trained_scales(exported: onnx.ModelProto, graph: onnx.ModelProto,
-                   scales: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What quantization-aware training found, for the graph's tensors: of each product its input and its weight.
-
-    Args:
-        exported: as `export_graph` made it; its operators know the modules that they come from.
-        graph: that one simplified, with each product an operator of its own.
-        scales: by module name; see quantization.scales_of.
-    """
-    modules: dict[str, str] = {}
-    for node in exported.graph.node:
-        said = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
-        module = next((name for name in reversed(ast.literal_eval(said)) if name in scales), None)
-        if module and node.op_type in FLOAT_OPERATORS:
-            # replace_gemm_with_matmul says so of weights that it transposed.
-            modules |= {node.input[1]: module, f"{node.input[1]}_Transposed": module}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for node in graph.graph.node:
-        if node.op_type in FLOAT_OPERATORS and node.input[1] in modules:
-            entry = scales[modules[node.input[1]]]
-            found[node.input[0]] = [{"scale": np.array(entry["scale"], dtype=np.float32),
-                                     "zero_point": np.array(entry["zero_point"], dtype=np.uint8)}]
-            found[node.input[1]] = [{"scale": np.array(scale), "zero_point": np.array(0, dtype=np.int8),
-                                     "axis": int(node.op_type != "Conv")} for scale in entry["weight_scale"].numpy()]
-    return found
 
 
 class _Sentences:
@@ -372,7 +344,7 @@ def write(graph: onnx.ModelProto, record: dict[str, Any], vocabulary: str, path:
 
 
 def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: str, int8_path: str | None,
-            opset: int = DEFAULT_OPSET, num_threads: int = 0) -> None:
+            opset: int = DEFAULT_OPSET, num_threads: int = 0, int8_mb: float | None = None) -> None:
     """Write a classifier as a .onnx file and, where `int8_path` is given, as an int8 one.
 
     Args:
@@ -399,7 +371,7 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
         if (checkpoint.get("quantization") or {}).get("way") in ("qat", "qat_fx"):
             graph = simplify(exported, pack=False)
             trained = trained_scales(exported, graph, checkpoint["quantization"]["scales"])
-        made, figures = choose_int8(graph, fused, train, valid, num_threads, trained=trained)
+        made, figures = choose_int8(graph, fused, train, valid, num_threads, trained=trained, int8_mb=int8_mb)
         size = write(made, make_record(checkpoint, opset=opset, int8=figures), checkpoint["vocabulary"], int8_path)
         logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", figures["setting"], size / 1e6, int8_path)
 
@@ -426,12 +398,14 @@ class Candidate:
 
 def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedData, valid: EncodedData,
                 num_threads: int = 0, limit: int = 2000,
-                trained: dict[str, Any] | None = None) -> tuple[onnx.ModelProto, dict[str, Any]]:
+                trained: dict[str, Any] | None = None,
+                int8_mb: float | None = None) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The fastest int8 form of a graph that keeps its accuracy on the valid sentences, found by measuring.
 
     Args:
         graph, fused: in fp32, as `simplify` and `fuse` made them.
         trained: scales of quantization-aware training, which leave no choice.
+        int8_mb: how large the int8 graph may be; None: as large as the fastest is.
 
     Returns:
         The int8 graph, and the figures for its metadata.
@@ -468,13 +442,15 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     for candidate, milliseconds in zip(candidates, times[1:], strict=True):
         candidate.milliseconds = milliseconds
         logger.info("[int8: %s] %.1f %% of the weights, accuracy %.4f (fp32 %.4f), %d of %d predictions changed "
-                    "(%.2f %%), %.3f ms a sentence (fp32 %.3f)", candidate.setting, 100 * candidate.share,
+                    "(%.2f %%), %.3f ms a sentence (fp32 %.3f), %.1f MB", candidate.setting, 100 * candidate.share,
                     candidate.correct / len(rows), correct / len(rows), candidate.changed, len(rows),
-                    100 * candidate.changed / len(rows), milliseconds, times[0])
-    passing = [c for c in candidates if c.share >= SHARE_LIMIT and correct - c.correct <= allowed]
+                    100 * candidate.changed / len(rows), milliseconds, times[0], candidate.graph.ByteSize() / 1e6)
+    passing = [c for c in candidates if c.share >= SHARE_LIMIT and correct - c.correct <= allowed
+               and (int8_mb is None or c.graph.ByteSize() <= int8_mb * 1e6)]
     if not passing:
         raise InputError(f"no int8 form of the model passes (at least {SHARE_LIMIT:.0%} of the weights, at most "
-                         f"{LOSS_LIMIT:.1%} of {len(rows)} valid sentences lost); use the fp32 file.")
+                         f"{LOSS_LIMIT:.1%} of {len(rows)} valid sentences lost"
+                         f"{f', at most {int8_mb:g} MB' if int8_mb else ''}); use the fp32 file.")
     fastest = min(c.milliseconds for c in passing)
     # Times within a twentieth are equal; then the one that changes least.
     best = min((c for c in passing if c.milliseconds <= 1.05 * fastest), key=lambda c: (c.changed, c.milliseconds))

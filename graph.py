@@ -1,10 +1,11 @@
-"""Rewrites of an ONNX graph that ONNX Runtime does not do itself, and how much of one is in int8.
+"""Rewrites of an ONNX graph that ONNX Runtime does not do itself, what training knows of it, how much is in int8.
 
 Each rewrite changes a onnx.GraphProto in place.
 """
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -309,6 +310,33 @@ def _tabulate(graph: onnx.GraphProto, concat: onnx.NodeProto, convolutions: Sequ
         graph.node.insert(at, new)
     tidy(graph)
     return True
+
+
+def trained_scales(exported: onnx.ModelProto, graph: onnx.ModelProto,
+                   scales: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What quantization-aware training found, for the graph's tensors: of each product its input and its weight.
+
+    Args:
+        exported: as torch's exporter made it; its operators know the modules that they come from.
+        graph: that one simplified, with each product an operator of its own.
+        scales: by module name; see quantization.scales_of.
+    """
+    modules: dict[str, str] = {}
+    for node in exported.graph.node:
+        said = next((one.value for one in node.metadata_props if one.key == "pkg.torch.onnx.name_scopes"), "[]")
+        module = next((name for name in reversed(ast.literal_eval(said)) if name in scales), None)
+        if module and node.op_type in FLOAT_OPERATORS:
+            # replace_gemm_with_matmul says so of weights that it transposed.
+            modules |= {node.input[1]: module, f"{node.input[1]}_Transposed": module}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in graph.graph.node:
+        if node.op_type in FLOAT_OPERATORS and node.input[1] in modules:
+            entry = scales[modules[node.input[1]]]
+            found[node.input[0]] = [{"scale": np.array(entry["scale"], dtype=np.float32),
+                                     "zero_point": np.array(entry["zero_point"], dtype=np.uint8)}]
+            found[node.input[1]] = [{"scale": np.array(scale), "zero_point": np.array(0, dtype=np.int8),
+                                     "axis": int(node.op_type != "Conv")} for scale in entry["weight_scale"].numpy()]
+    return found
 
 
 def int8_share(graph: onnx.ModelProto) -> float | None:

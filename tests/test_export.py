@@ -228,6 +228,8 @@ def test_a_file_with_convolutions_tabulated_by_word(trained: Place, monkeypatch:
     assert figures["setting"].startswith("convolutions tabulated by word") and figures["share"] >= 0.9
     assert "[int8: convolutions tabulated by word, " in caplog.text
     evaluate.main(onnx_flags(trained.root, "--enable_ort", "--quantize_onnx", "--device=cpu"))
+    flags = onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx", "--quantized_onnx_mb=0.001")
+    assert "at most 0.001 MB" in refusal(evaluate.main, *flags)
 
 
 def check_trained_scales(root: Path) -> None:
@@ -241,7 +243,7 @@ def check_trained_scales(root: Path) -> None:
     evaluate.main([*flags, "--enable_ort", "--quantize_onnx"])
     answered = (root / "data/test.txt.pred").read_text(encoding="utf-8").splitlines()
     changed = sum(one != other for one, other in zip(expected, answered, strict=True))
-    assert changed <= max(1, len(expected) // 50)
+    assert changed <= max(1, len(expected) // 20)  # near ties: what a convolution answers is rounded as well
     tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(root / "int8.onnx").graph.initializer]
     held = {array.astype(np.float32).tobytes() for array in tensors if array.ndim == 1}
     scales = load_checkpoint(root / "model.pt")["quantization"]["scales"]
@@ -263,7 +265,7 @@ def test_scales_of_training_in_transformers(tmp_path: Path, name: str, monkeypat
     monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
     case = make_case(tmp_path / "case", name)
     preprocess.main(case.flags())
-    train.main(case.train_flags("--epoch=6", "--enable_qat"))
+    train.main(case.train_flags("--epoch=12", "--enable_qat"))
     check_trained_scales(case.root)
 
 
