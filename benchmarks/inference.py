@@ -256,7 +256,7 @@ def openvino_batches(path: Path, tokenizer: Any, num_threads: int) -> Callable[[
     try:
         import openvino
     except ImportError:
-        logger.warning("[OpenVINO is not installed: pip install openvino to measure it, too]")
+        logger.warning("[OpenVINO is not installed: pip install openvino==2026.4.1 to measure it, too]")
         return None
     from inference import pad
 
