@@ -46,7 +46,7 @@ class Importance(NamedTuple):
 
 def ffn_key(config: Any) -> str:
     """What a transformer's config calls the number of feed-forward units."""
-    return "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
+    return "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"
 
 
 def check_targets(transformer: Any, heads: int, units: int) -> None:
