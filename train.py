@@ -12,294 +12,31 @@ Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.tr
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import logging
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-from arguments import (
-    CRITERIA,
-    Parser,
-    add_bert_flag,
-    add_config_flag,
-    add_data_dir_flag,
-    add_device_flag,
-    encoded_kind,
-    natural_int,
-    number,
-    number_list,
-    one_of,
-    positive_int,
-)
-from text import VOCABULARY_FILES, InputError, Labels, fail_cleanly, open_input
-
-logger = logging.getLogger(__name__)
-
-DEFAULT_EPOCHS = {"ids": 64, "fs": 3}  # words, with early stopping; transformers
+from arguments import Parser
+from text import fail_cleanly
+from training import add_training_flags, begin, check_training_flags, finish
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags and the config."""
     parser = Parser(__doc__)
-    files = parser.add_argument_group("files")
-    add_config_flag(files, "configs/config-glove-cnn.json")
-    add_data_dir_flag(files)
-    files.add_argument("--embedding_filename", default="embedding.npy", help="in DATA_DIR (default: %(default)s)")
-    files.add_argument("--label_filename", default="label.txt", help="in DATA_DIR (default: %(default)s)")
-    files.add_argument("--augmented", action="store_true", help="train on augmented.txt in place of train.txt")
-    files.add_argument("--save_path", default="pytorch-model.pt", help="(default: %(default)s)")
-    files.add_argument("--restore_path", help="begin with this checkpoint's weights")
-    files.add_argument("--resume", action="store_true", help="go on with the run that SAVE_PATH.state holds")
-    files.add_argument("--log_dir", default="runs", help="TensorBoard files (default: %(default)s)")
-    files.add_argument("--log_path", default="train.log", help="the training log (default: %(default)s)")
-
-    course = parser.add_argument_group("course of the training")
-    course.add_argument("--batch_size", type=positive_int, default=128, help="(default: 128)")
-    course.add_argument("--eval_batch_size", type=positive_int, default=128, help="(default: 128)")
-    course.add_argument("--epoch", type=positive_int,
-                        help="at most so many (default: 64 for GloVe, 3 for transformers)")
-    course.add_argument("--max_train_steps", type=positive_int, help="at most so many optimizer steps")
-    course.add_argument("--eval_and_save_steps", type=positive_int, default=500,
-                        help="steps between evaluations, beside the one at each epoch's end (default: 500)")
-    course.add_argument("--patience", type=positive_int, default=7,
-                        help="epochs without a gain on valid after which training stops (default: 7)")
-    course.add_argument("--measure", choices=("loss", "accuracy", "last"), default="loss",
-                        help="what the model that is kept has the best of, on valid; of equals in accuracy the later "
-                             "is kept; last: the newest whatever valid says, to the schedule's end (default: loss)")
-    course.add_argument("--seed", type=natural_int, default=42, help="(default: 42)")
-
-    optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--lr", type=number(), default=2e-4, help="(default: 2e-4)")
-    optimizer.add_argument("--embedding_lr", type=number(),
-                           help="of the word vectors or the transformer (default: that of --lr)")
-    optimizer.add_argument("--num_warmup_steps", type=natural_int, help="steps of rising learning rate, or else")
-    optimizer.add_argument("--warmup_epoch", type=number(), default=0, help="epochs of it (default: 0), or else")
-    optimizer.add_argument("--warmup_ratio", type=number(0, 1), default=0.0, help="its share (default: 0.0)")
-    optimizer.add_argument("--adam_epsilon", type=number(), default=1e-8, help="(default: 1e-8)")
-    optimizer.add_argument("--weight_decay", type=number(), default=0.01, help="(default: 0.01)")
-    optimizer.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
-                           help="batches an optimizer step (default: 1)")
-    optimizer.add_argument("--max_grad_norm", type=number(), default=1.0, help="0: no clipping (default: 1.0)")
-
-    loss = parser.add_argument_group("loss and regularization")
-    loss.add_argument("--criterion", choices=CRITERIA, default="CrossEntropyLoss", help="(default: %(default)s)")
-    loss.add_argument("--class_weights", choices=("none", "balanced"), default="none",
-                      help="balanced: rare classes count as much as frequent ones (default: none)")
-    loss.add_argument("--embedding_trainable", action=argparse.BooleanOptionalAction, default=False,
-                      help="train the vectors of all words of train.txt, not only of those the vector file lacks")
-    loss.add_argument("--word_dropout", type=number(), default=0.0, metavar="ALPHA",
-                      help="training reads <unk> in place of a word that occurs N times with the probability "
-                           "ALPHA / (ALPHA + N) (default: 0.0)")
-    loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
-                      help="dropout on word vectors (default: 0.0)")
-    loss.add_argument("--rdrop", type=number(), default=0.0, metavar="WEIGHT",
-                      help="weight of R-Drop: two passes with different dropout must agree (default: 0.0)")
-    loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
-                      help="evaluate and save an exponential moving average of the weights (default: 0.0, none)")
-
-    bert = parser.add_argument_group("transformers")
-    add_bert_flag(bert)
-    bert.add_argument("--bert_output_dir", default="bert-checkpoint",
-                      help="the fine-tuned model and its tokenizer (default: %(default)s)")
-    bert.add_argument("--bert_use_feature_based", action="store_true", help="the transformer frozen")
-    bert.add_argument("--bert_remove_layers", type=number_list, metavar="8,9,10,11", help="without these layers")
-    bert.add_argument("--lora_r", type=positive_int, metavar="RANK",
-                      help="freeze the transformer and train low-rank updates of its matrices, which are merged into "
-                           "it in the checkpoint: less memory for large models; wants a higher --lr, such as 5e-4")
-    bert.add_argument("--gradient_checkpointing", action="store_true",
-                      help="compute activations twice in place of keeping them: less memory, slower")
-
-    int8 = parser.add_argument_group("quantization-aware training: evaluate.py answers in int8 with the same flag")
-    int8.add_argument("--enable_qat", action="store_true", help="weights and activations are rounded in training")
-    int8.add_argument("--enable_qat_fx", action="store_true", help="the same, for evaluation as a compiled graph")
-    int8.add_argument("--enable_diffq", action="store_true",
-                      help="DiffQ: learn the bits of each group of weights (the package diffq is CC BY-NC 4.0)")
-    int8.add_argument("--diffq_penalty", type=number(), default=1e-3, help="of each MB of its size (default: 1e-3)")
-
-    machine = parser.add_argument_group("machine")
-    add_device_flag(machine)
-    machine.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
-                         help="auto: bf16 where the processor or GPU is fast at it (default: auto)")
-    machine.add_argument("--compile", action="store_true",
-                         help="compile the model first (minutes; needs a C++ compiler): pays in long runs")
-    machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
-
+    add_training_flags(parser)
     args, config = parser.parse_with_config(argv)
-    if args.fp16:
-        args.mixed_precision = "fp16"
-    if args.lora_r and (encoded_kind(config) != "fs" or args.bert_use_feature_based):
-        parser.error("--lora_r trains updates of a transformer's matrices; it goes neither with word vectors nor with "
-                     "--bert_use_feature_based")
-    if args.epoch is None:
-        args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]
-    if chosen := one_of(args, "enable_qat", "enable_qat_fx", "enable_diffq"):
-        for other in ("compile", "lora_r"):
-            if getattr(args, other):
-                parser.error(f"--{chosen} and --{other} do not go together; leave one of them out")
-        if args.enable_diffq and args.gradient_checkpointing:
-            parser.error("--enable_diffq draws noise for each pass, and --gradient_checkpointing computes some of it "
-                         "twice; leave one of them out")
+    check_training_flags(parser, args, config)
     return args, config
-
-
-def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, Any]:
-    """The encoded training and valid data, checked against each other, label.txt, the config and the criterion."""
-    from dataset import EncodedData
-
-    folder, kind = Path(args.data_dir), encoded_kind(config)
-    train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.{kind}")
-    valid = EncodedData(folder / f"valid.txt.{kind}")
-    for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase"):
-        if train.facts.get(fact) != valid.facts.get(fact):
-            raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
-    if Labels.read(folder / args.label_filename) != train.labels:
-        raise InputError(f"{folder / args.label_filename}: not the labels that {train.path} was encoded with; "
-                         "run preprocess.py again.")
-    for key in ("lowercase", "tokenizer"):
-        if config.get(key) != train.facts.get(key):
-            raise InputError(f"{args.config}: {key} is {json.dumps(config[key])}, and {train.path} was encoded with "
-                             f"{json.dumps(train.facts[key])}; run preprocess.py with this config.")
-    if config["n_ctx"] != train.facts["n_ctx"]:  # preprocess.py --n_ctx is allowed to differ from the config
-        logger.warning("[n_ctx] is %d in %s, and %d in the encoded data, which decide", config["n_ctx"], args.config,
-                       train.facts["n_ctx"])
-        config["n_ctx"] = train.facts["n_ctx"]
-    if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
-        raise InputError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
-                         "class labels; use CrossEntropyLoss.")
-    if args.criterion in ("MSELoss", "KLDivLoss") and args.class_weights != "none":
-        raise InputError(f"--class_weights={args.class_weights} has no meaning for --criterion={args.criterion}.")
-    return train, valid
-
-
-def fit_gaussian(model: Any, data: Any) -> None:
-    """Set the Gaussian decoder in closed form, from which training goes on."""
-    import torch
-    import torch.nn.functional as F
-
-    from dataset import BucketSampler, make_loader
-
-    def encodings() -> Any:
-        for batch in make_loader(data, BucketSampler(data.lengths, 1024, shuffle=False)):
-            assert batch.targets is not None  # encoded data have them
-            share = batch.targets.softmax(-1) if data.has_logits else F.one_hot(batch.targets, len(data.labels))
-            yield model.encode(batch.input_ids, batch.attention_mask), share
-
-    model.eval()
-    with torch.no_grad():
-        model.decoder.fit(encodings())
-
-
-def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, embedding: Any,
-                precision: str) -> dict[str, Any]:
-    """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
-    from util import git_revision, new_run_id, versions
-
-    path = Path(args.data_dir) / VOCABULARY_FILES[train.facts["kind"]]
-    with open_input(path) as file:
-        vocabulary = file.read()
-    if hashlib.sha256(vocabulary).hexdigest() != train.facts["vocab_sha256"]:
-        raise InputError(f"{path}: not the vocabulary that {train.path} was encoded with; "
-                         "run preprocess.py again.")
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
-    flags["precision"] = precision
-    # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
-    facts = {key: value for key, value in train.facts.items() if not key.endswith("_path")}
-    made_from = json.dumps([config, facts, valid.facts["source_sha256"], embedding.identity()], sort_keys=True)
-    return {
-        "run_id": new_run_id(),
-        "identity": hashlib.sha256(made_from.encode()).hexdigest(),
-        "config": config,
-        "flags": flags,
-        "labels": list(train.labels.names),
-        "facts": train.facts,
-        "vocabulary": vocabulary.decode("utf-8"),
-        "embedding": embedding.record(),
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": " ".join(["train.py", *sys.argv[1:]]),
-    }
 
 
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
+    run = begin(args, config, "train.py")
 
-    import torch
-    from accelerate import Accelerator
-
-    from model import EMBEDDINGS, build_model
     from trainer import Trainer
-    from transformer import TransformerEmbedding, add_lora, check_output_folder
-    from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging, write_json
 
-    setup_logging(args.log_path)
-    device = choose_device(args.device)
-    precision = choose_precision(args.mixed_precision, device)
-    train, valid = load_data(args, config)
-    if train.facts["kind"] == "fs":
-        check_output_folder(args.bert_output_dir, args.data_dir)
-    set_seed(args.seed)
-    embedding = EMBEDDINGS[train.facts["kind"]].for_training(train, args)
-    record = make_record(args, config, train, valid, embedding, precision)
-    model = build_model(config, len(train.labels), embedding)
-    resumed = args.resume and Path(f"{args.save_path}.state").exists()
-    if args.resume and not resumed:
-        logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
-    if args.restore_path and not resumed:
-        restore(model, load_checkpoint(args.restore_path), record, args.restore_path)
-    elif config["enc_class"] == "gnb" and not resumed:
-        fit_gaussian(model, train)
-    if args.lora_r:
-        add_lora(embedding.transformer, args.lora_r)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    trainer = Trainer(model, train, valid, args, record, accelerator)
-    if resumed:
-        trainer.load_state()
-    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
-                accelerator.device, precision, len(train), trainer.total_steps)
-    try:
-        best = trainer.fit()
-        logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
-                    best["valid_loss"], best["valid_accuracy"], args.save_path)
-        keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
-        results = {key: record[key] for key in keys}
-        write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
-    finally:  # an interrupted run leaves a whole pair, too
-        if isinstance(embedding, TransformerEmbedding) and trainer.best:
-            publish(args, record["identity"])
-
-
-def publish(args: argparse.Namespace, identity: str) -> None:
-    """Write the best model's transformer and tokenizer to --bert_output_dir, from where it can be fine-tuned again."""
-    from model import load_classifier
-    from transformer import load_tokenizer, save_pretrained
-    from util import load_checkpoint
-
-    checkpoint = load_checkpoint(args.save_path)
-    model = load_classifier(checkpoint, [])
-    save_pretrained(model.embedding.transformer, load_tokenizer(args.bert_model_name_or_path), checkpoint["labels"],
-                    checkpoint["run_id"], identity, args.bert_output_dir)
-    logger.info("[transformer and tokenizer of run %s] -> %s", checkpoint["run_id"], args.bert_output_dir)
-
-
-def restore(model: Any, checkpoint: dict[str, Any], record: dict[str, Any], path: str) -> None:
-    """Begin with another run's weights; they must fit one to one, and mean the same."""
-    for key in ("labels", "vocabulary"):
-        if checkpoint[key] != record[key]:
-            raise InputError(f"{path}: its {key} differ from those of the data; encode the data as for that run, or "
-                             "train without --restore_path.")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: its weights do not fit this config and vocabulary ({reason}).") from None
+    finish(run, Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator))
 
 
 if __name__ == "__main__":
