@@ -130,6 +130,18 @@ class EncodedData(Dataset):
         return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
 
 
+def check_same_data(data: EncodedData, record: dict[str, Any], path: str) -> None:
+    """Refuse data that were encoded for another model."""
+    if data.facts["labels"] != record["labels"]:
+        raise InputError(f"{data.path}: its labels ({', '.join(data.facts['labels'])}) are not those of "
+                         f"{path} ({', '.join(record['labels'])}).")
+    for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
+                       ("n_ctx", "n_ctx")):
+        if data.facts.get(fact) != record["facts"].get(fact):
+            raise InputError(f"{data.path}: encoded with another {what} than {path} was trained with; run "
+                             "preprocess.py as for that model (evaluate.py --enable_inference reads raw text).")
+
+
 class BucketSampler(Sampler[list[int]]):
     """Batches of sentences of like length, so that little of a batch is padding.
 

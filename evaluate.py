@@ -27,11 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from arguments import (
-    TRAINING_KEYS,
     Parser,
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
+    check_same_config,
     load_config,
     natural_int,
     number,
@@ -184,13 +184,7 @@ def check_same_model(path: str, config: dict[str, Any] | None, record: dict[str,
     Training settings may differ; the file itself holds all the weights.
     """
     if config is not None:
-        trained = record["config"]
-        keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
-        differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
-                     for key in keys if config.get(key) != trained.get(key)]
-        if differing:
-            raise InputError(f"{args.config}: not the config of {path}: {'; '.join(differing)}. "
-                             "Give the one that it was trained with, or none.")
+        check_same_config(args.config, config, path, record["config"])
     if args.bert_output_dir:
         from util import RUN_ID, saved_fact
 
@@ -383,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         sentences, written, targets = read_examples(source, predictor.labels, args.skip_bad_lines, args.num_examples)
         probabilities, seconds = evaluate_raw(predictor, sentences)
     else:
-        from dataset import EncodedData
+        from dataset import EncodedData, check_same_data
 
         data = EncodedData(folder / f"test.txt.{record['facts']['kind']}")
         check_same_data(data, record, path)
@@ -414,18 +408,6 @@ def main(argv: list[str] | None = None) -> None:
                 "config": record["config"], "git_revision": git_revision(), "versions": versions(),
                 "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(["evaluate.py", *sys.argv[1:]])},
                f"{path}.test.json")
-
-
-def check_same_data(data: Any, record: dict[str, Any], path: str) -> None:
-    """Refuse data that were encoded for another model."""
-    if data.facts["labels"] != record["labels"]:
-        raise InputError(f"{data.path}: its labels ({', '.join(data.facts['labels'])}) are not those of "
-                         f"{path} ({', '.join(record['labels'])}).")
-    for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
-                       ("n_ctx", "n_ctx")):
-        if data.facts.get(fact) != record["facts"].get(fact):
-            raise InputError(f"{data.path}: encoded with another {what} than {path} was trained with; run "
-                             "preprocess.py as for that model, or evaluate raw text with --enable_inference.")
 
 
 if __name__ == "__main__":

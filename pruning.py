@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset import BucketSampler, EncodedData, make_loader
@@ -116,11 +116,6 @@ def prune(transformer: Any, importance: Importance, heads: int, units: int) -> N
 def _best(scores: Tensor, count: int) -> Tensor:
     """The places of the highest scores, in ascending order; of equal scores the first."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def num_parameters(module: nn.Module) -> int:
-    """The number of parameters, each counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def draw_importance(importance: Importance, heads: int, units: int, path: str) -> None:

@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from architectures import ARCHITECTURES, HEADS, HIDDEN, INNER, LAYERS, make_model
+from conftest import Place
+from helpers import ROOT, refusal, same_weights, snapshot
 from test_transformer import Case, make_case
 
+import evaluate
+import export
+import fastformers
 import preprocess
 import train
 from dataset import EncodedData
+from graph import int8_share
 from model import Classifier, load_classifier
-from pruning import Importance, check_targets, measure_importance, num_parameters, prune
+from pruning import Importance, check_targets, measure_importance, prune
+from quantization import quantize
 from text import InputError
-from transformer import NUM_HEADS, build_from_config, layer_parts, load_pretrained
+from transformer import NUM_HEADS, build_from_config, layer_parts, load_pretrained, num_heads
 from util import load_checkpoint
 
 PRUNABLE = ["BERT", "SpanBERT", "TinyBERT", "MiniLM", "DistilBERT", "mDistilBERT", "RoBERTa", "XLM-RoBERTa", "ELECTRA",
@@ -28,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def bert_once(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A trained tiny BERT. Not to be changed."""
     case = make_case(tmp_path_factory.mktemp("pruning") / "case", "BERT")
     preprocess.main(case.flags())
@@ -37,9 +45,9 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture
-def bert(trained_once: Case, tmp_path: Path) -> Case:
+def bert(bert_once: Case, tmp_path: Path) -> Case:
     """A trained tiny BERT of the test's own."""
-    shutil.copytree(trained_once.root, tmp_path / "case")
+    shutil.copytree(bert_once.root, tmp_path / "case")
     return Case(tmp_path / "case")
 
 
@@ -64,10 +72,10 @@ def masked(model: Any, places: dict[Any, torch.Tensor]) -> list[Any]:
 # ------------------------------------------------------------------------------------------------------- importance
 
 
-def test_importance_is_the_derivative_by_a_mask(trained_once: Case) -> None:
+def test_importance_is_the_derivative_by_a_mask(bert_once: Case) -> None:
     """Compared with finite differences of each example's loss, for some heads and units."""
-    model = load(trained_once).double()
-    data = EncodedData(trained_once.root / "data/valid.txt.fs")
+    model = load(bert_once).double()
+    data = EncodedData(bert_once.root / "data/valid.txt.fs")
     importance = measure_importance(model, data, 8, CPU)
     assert importance.heads.shape == (LAYERS, HEADS) and importance.units.shape == (LAYERS, INNER)
     size, step = HIDDEN // HEADS, 1e-4
@@ -94,8 +102,8 @@ def test_importance_is_the_derivative_by_a_mask(trained_once: Case) -> None:
     assert importance.units[1, 7].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_neither_batches_nor_padding_matter(trained_once: Case) -> None:
-    model, data = load(trained_once), EncodedData(trained_once.root / "data/valid.txt.fs")
+def test_neither_batches_nor_padding_matter(bert_once: Case) -> None:
+    model, data = load(bert_once), EncodedData(bert_once.root / "data/valid.txt.fs")
     assert len(set(data.lengths)) > 5
     alone, together = (measure_importance(model, data, size, CPU) for size in (1, 60))
     for one, other in zip(alone, together, strict=True):
@@ -103,8 +111,8 @@ def test_neither_batches_nor_padding_matter(trained_once: Case) -> None:
     assert all(torch.allclose(scores.norm(dim=1), torch.ones(LAYERS)) for scores in alone.normalized())
 
 
-def test_a_useless_head_and_unit_rank_last(trained_once: Case) -> None:
-    model, data = load(trained_once), EncodedData(trained_once.root / "data/valid.txt.fs")
+def test_a_useless_head_and_unit_rank_last(bert_once: Case) -> None:
+    model, data = load(bert_once), EncodedData(bert_once.root / "data/valid.txt.fs")
     size = HIDDEN // HEADS
     with torch.no_grad():
         for layer, parts in enumerate(layer_parts(model.embedding.transformer)):
@@ -143,7 +151,7 @@ def test_every_architecture(tmp_path: Path, name: str) -> None:
         masks[parts.output] = (heads > heads.sort().values[0]).float().repeat_interleave(size)
         masks[parts.outer] = (units > units.sort().values[INNER - 21]).float()
     hooks = masked(model, masks)
-    expected, count = answer(model), num_parameters(model)
+    expected, count = answer(model), sum(one.numel() for one in model.parameters())
     for hook in hooks:
         hook.remove()
     assert not torch.allclose(answer(model), expected, atol=1e-3)
@@ -151,7 +159,7 @@ def test_every_architecture(tmp_path: Path, name: str) -> None:
     prune(model, importance, HEADS - 1, 20)
     assert torch.allclose(answer(model), expected, atol=1e-5)
     removed = layers * (size * (4 * hidden + 3) + (INNER - 20) * (2 * hidden + 1))
-    assert num_parameters(model) == count - removed
+    assert sum(one.numel() for one in model.parameters()) == count - removed
     model.save_pretrained(tmp_path / "pruned")
     for again in (load_pretrained(str(tmp_path / "pruned")).eval(), build_from_config(model.config.to_dict()).eval()):
         again.load_state_dict(model.state_dict())
@@ -175,8 +183,8 @@ def test_five_heads_of_twelve_and_again_two(tmp_path: Path, monkeypatch: pytest.
         model = again
 
 
-def test_what_there_is_already_stays(trained_once: Case) -> None:
-    model = load(trained_once)
+def test_what_there_is_already_stays(bert_once: Case) -> None:
+    model = load(bert_once)
     before, config = answer(model), model.embedding.transformer.config.to_dict()
     prune(model.embedding.transformer, random_importance(LAYERS, HEADS, INNER), HEADS, INNER)
     assert torch.equal(answer(model), before) and model.embedding.transformer.config.to_dict() == config
@@ -185,9 +193,9 @@ def test_what_there_is_already_stays(trained_once: Case) -> None:
 @pytest.mark.parametrize(("heads", "units", "said"), [
     (HEADS + 1, 1, f"target_num_heads={HEADS + 1}: the model has {HEADS} attention heads"),
     (1, INNER + 1, f"target_ffn_dim={INNER + 1}: the model has {INNER} feed-forward units")])
-def test_more_than_there_is(trained_once: Case, heads: int, units: int, said: str) -> None:
+def test_more_than_there_is(bert_once: Case, heads: int, units: int, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        check_targets(load(trained_once).embedding.transformer, heads, units)
+        check_targets(load(bert_once).embedding.transformer, heads, units)
 
 
 @pytest.mark.parametrize("count", [-1, 99, "six"])
@@ -196,3 +204,151 @@ def test_a_config_that_says_what_cannot_be(bert: Case, count: Any) -> None:
     (bert.root / "out/config.json").write_text(json.dumps({**config, NUM_HEADS: count}))
     with pytest.raises(InputError, match=NUM_HEADS):
         load_pretrained(str(bert.root / "out"))
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def prune_flags(case: Case, *more: Any) -> list[str]:
+    """fastformers.py --do_prune to three heads and 20 units."""
+    return case.train_flags("--do_prune", f"--model_path={case.root / 'model.pt'}", "--target_num_heads=3",
+                            "--target_ffn_dim=20", f"--save_path_pruned={case.root / 'pruned.pt'}",
+                            f"--bert_output_dir_pruned={case.root / 'pruned'}", *more)
+
+
+@pytest.fixture(scope="module")
+def pruned_once(bert_once: Case, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The same with pruned.pt and pruned/. Not to be changed."""
+    case = Case(tmp_path_factory.mktemp("pruned") / "case")
+    shutil.copytree(bert_once.root, case.root)
+    fastformers.main(prune_flags(case))
+    return case
+
+
+@pytest.fixture
+def pruned(pruned_once: Case, tmp_path: Path) -> Case:
+    """A pruned tiny BERT of the test's own."""
+    shutil.copytree(pruned_once.root, tmp_path / "case")
+    return Case(tmp_path / "case")
+
+
+def test_what_pruning_leaves(pruned_once: Case) -> None:
+    root = pruned_once.root
+    figures = json.loads((root / "pruned.pt.prune.json").read_text())
+    before, after = figures["before"], figures["pruned"]
+    assert before["parameters"] - after["parameters"] == LAYERS * (8 * (4 * HIDDEN + 3) + 28 * (2 * HIDDEN + 1))
+    assert after["mb"] == (root / "pruned.pt").stat().st_size / 1e6 < before["mb"] == (root / "model.pt").stat(
+        ).st_size / 1e6
+    assert (root / "pruned/model.safetensors").stat().st_size < (root / "out/model.safetensors").stat().st_size
+    assert before["accuracy"] == pruned_once.results("train")["best"]["valid_accuracy"]
+    assert np.shape(figures["importance"]["heads"]) == (LAYERS, HEADS)
+    assert (root / "pruned.pt.importance.png").read_bytes().startswith(b"\x89PNG")
+    # What a test of importance says is what was done: of the trained model, the same heads and units.
+    data, expected = EncodedData(root / "data/valid.txt.fs"), load(pruned_once)
+    prune(expected.embedding.transformer, measure_importance(expected, data, 16, CPU), 3, 20)
+    assert torch.allclose(answer(load(pruned_once, "pruned.pt")), answer(expected), atol=1e-6)
+    # The pair: the folder holds the same transformer, and carries the same run.
+    model = load(pruned_once, "pruned.pt").embedding.transformer
+    assert torch.equal(answer(load_pretrained(str(root / "pruned")).eval()), answer(model))
+    evaluate.main([f"--model_path={root / 'pruned.pt'}", f"--bert_output_dir={root / 'pruned'}", "--device=cpu"])
+    results = json.loads((root / "pruned.pt.test.json").read_text())
+    assert results["run_id"] == figures["run_id"] != figures["pruned_run_id"]
+    assert "of run" in refusal(evaluate.main, f"--model_path={root / 'pruned.pt'}", f"--bert_output_dir={root / 'out'}")
+
+
+def test_onnx_and_int8(pruned_once: Case) -> None:
+    """Attention is packed, and the last layer computed at one position, as in a whole model."""
+    model, data = load(pruned_once, "pruned.pt"), EncodedData(pruned_once.root / "data/test.txt.fs")
+    rows = data.rows(range(len(data)))
+    graph = export.simplify(export.export_graph(model))
+    fused = export.fuse(graph)
+    assert export.check(fused, model, rows) < 1e-4
+    attentions = [node for node in fused.graph.node if node.op_type == "Attention"]
+    assert [onnx.helper.get_node_attr_value(node, "num_heads") for node in attentions] == [HEADS - 1] * LAYERS
+    int8 = export.fuse(export.quantize(graph, export.Setting((), 7), rows[:20]), int8=True)
+    assert (int8_share(int8) or 0) > 0.9
+    expected, found = (np.concatenate(export.run_graph(one, [rows])) for one in (fused, int8))
+    assert (expected.argmax(1) == found.argmax(1)).mean() > 0.9
+
+    expected = answer(model).numpy()
+    quantize(model, "dqm", load_checkpoint(pruned_once.root / "pruned.pt"), 2)
+    assert np.abs(answer(model).numpy() - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_a_pruned_folder_is_fine_tuned_like_any_other(pruned: Case) -> None:
+    flags = [f"--bert_model_name_or_path={pruned.root / 'pruned'}", f"--save_path={pruned.root / 'tuned.pt'}",
+             f"--bert_output_dir={pruned.root / 'tuned'}"]
+    preprocess.main(pruned.flags(*flags[:1]))
+    train.main(pruned.train_flags("--epoch=1", "--bert_remove_layers=0", *flags))  # the last of equal flags counts
+    model = load(pruned, "tuned.pt").embedding.transformer
+    assert len(layer_parts(model)) == LAYERS - 1 and num_heads(model.config) == 3
+    assert torch.equal(answer(load_pretrained(str(pruned.root / "tuned")).eval()), answer(model))
+    history = json.loads((pruned.root / "tuned.pt.train.json").read_text())["history"]
+    assert history[0]["train_loss"] < pruned.results("train")["history"][0]["train_loss"]
+
+
+def test_recovery(bert: Case) -> None:
+    """It trains what is left, keeps the best, and its files are a pair; what was pruned to fewer stays as it was."""
+    flags = prune_flags(bert, "--target_num_heads=1", "--target_ffn_dim=4", "--recover_epoch=2")
+    before = snapshot(bert.root)
+    fastformers.main(flags)
+    figures = json.loads((bert.root / "pruned.pt.prune.json").read_text())
+    assert figures["recovered"]["loss"] < figures["pruned"]["loss"]
+    assert figures["recovered"]["mb"] < figures["before"]["mb"]
+    assert len(json.loads((bert.root / "pruned.pt.train.json").read_text())["history"]) == 2
+    assert load(bert, "pruned.pt").embedding.transformer.config.intermediate_size == 4
+    evaluate.main([f"--model_path={bert.root / 'pruned.pt'}", f"--bert_output_dir={bert.root / 'pruned'}"])
+    after = snapshot(bert.root)
+    assert all(after[name] == before[name] for name in before if not name.endswith((".log", ".fs")))
+    shutil.copy(bert.root / "pruned.pt", bert.root / "whole.pt")
+    fastformers.main([*flags, "--resume"])  # nothing is left to do
+    assert same_weights(bert.root / "pruned.pt", bert.root / "whole.pt")
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ("--target_num_heads=5", "the model has 4 attention heads"),
+    ("--target_ffn_dim=2048", "the model has 48 feed-forward units"),
+    ("--restore_path=x.pt", "no meaning for --do_prune"),
+    ("--model_path=nowhere.pt", "nowhere.pt: no such checkpoint"),
+    ("--save_path_pruned={}/model.pt", "that is --model_path"),
+    ("--bert_output_dir_pruned={}/data", "holds no model"),
+    (f"--config={ROOT}/configs/config-roberta-cnn.json", "not the config of"),
+])
+def test_clear_answers(pruned: Case, more: str, said: str) -> None:
+    before = snapshot(pruned.root)
+    assert said in refusal(fastformers.main, *prune_flags(pruned, more.format(pruned.root)))
+    after = snapshot(pruned.root)
+    assert {**after, "train.log": None} == {**before, "train.log": None}
+
+
+def test_data_that_differ(pruned: Case) -> None:
+    before = {name: (pruned.root / name).read_bytes() for name in ("pruned.pt", "pruned/model.safetensors")}
+    preprocess.main(pruned.flags("--n_ctx=30"))
+    assert "encoded with another n_ctx" in refusal(fastformers.main, *prune_flags(pruned))
+    lines = (pruned.root / "data/valid.txt").read_text()
+    (pruned.root / "data/valid.txt").write_text(lines + "one more\tplay_music\n")
+    assert "has changed since it was encoded" in refusal(fastformers.main, *prune_flags(pruned))
+    assert all((pruned.root / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_model_of_words(trained: Place) -> None:
+    before = snapshot(trained.root)
+    said = refusal(fastformers.main, *trained.train_flags("--do_prune", f"--model_path={trained.model}"))
+    assert "a model of word vectors" in said and snapshot(trained.root) == before
+
+
+def test_where_the_tokenizer_is(bert: Case) -> None:
+    """In the folder of the same run, else where that run had it from."""
+    fastformers.main(prune_flags(bert, "--bert_output_dir=nowhere"))
+    preprocess.main(bert.flags(f"--bert_model_name_or_path={bert.root / 'pruned'}"))
+    ARCHITECTURES["BERT"].make_tokenizer(["other words"]).save_pretrained(bert.root / "out")
+    assert "its tokenizer is not that of" in refusal(fastformers.main, *prune_flags(bert))
+
+
+def test_a_gaussian_stays_what_it_was(tmp_path: Path) -> None:
+    """Begun again as a training run, which fits Gaussians to the data, the pruned model keeps those it had."""
+    case = make_case(tmp_path / "case", "DistilBERT", "gnb")
+    preprocess.main(case.flags())
+    train.main(case.train_flags("--epoch=1"))
+    fastformers.main(prune_flags(case, f"--target_num_heads={HEADS}", f"--target_ffn_dim={INNER}"))
+    assert torch.equal(answer(load(case, "pruned.pt")), answer(load(case)))
