@@ -27,11 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from arguments import (
-    TRAINING_KEYS,
     Parser,
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
+    check_same_config,
     load_config,
     natural_int,
     number,
@@ -181,16 +181,10 @@ def check_same_model(path: str, config: dict[str, Any] | None, record: dict[str,
                      args: argparse.Namespace) -> None:
     """Refuse a config of another model than the file's, and a --bert_output_dir that another run wrote.
 
-    Training settings may differ; the file itself holds all the weights.
+    The file itself holds all the weights.
     """
     if config is not None:
-        trained = record["config"]
-        keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
-        differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
-                     for key in keys if config.get(key) != trained.get(key)]
-        if differing:
-            raise InputError(f"{args.config}: not the config of {path}: {'; '.join(differing)}. "
-                             "Give the one that it was trained with, or none.")
+        check_same_config(config, args.config, record["config"], path)
     if args.bert_output_dir:
         from util import RUN_ID, saved_fact
 
