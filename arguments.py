@@ -174,14 +174,14 @@ def check_config(config: dict[str, Any], path: str) -> None:
         raise InputError(f"{path}: {'; '.join(problems)}.")
 
 
-def check_same_config(path: str, config: dict[str, Any], model_path: str, trained: dict[str, Any]) -> None:
-    """Refuse a config of another model than the one that was trained with a config; training settings may differ."""
+def check_same_config(config: dict[str, Any], path: str, trained: dict[str, Any], model_path: str) -> None:
+    """Refuse a config of another model than the one a checkpoint was trained with; training settings may differ."""
     keys = [key for key in sorted({*config, *trained}) if key not in TRAINING_KEYS and key != "n_ctx"]
     differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
                  for key in keys if config.get(key) != trained.get(key)]
     if differing:
         raise InputError(f"{path}: not the config of {model_path}: {'; '.join(differing)}. "
-                         "Give the one that it was trained with.")
+                         "Give the one that it was trained with, or none.")
 
 
 def did_you_mean(word: str, known: Sequence[str] | dict[str, Any]) -> str:

@@ -9,11 +9,11 @@ foreign file is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,16 +38,18 @@ class Batch:
     attention_mask: Tensor
     targets: Tensor | None = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """The same batch on another device."""
-        targets = None if self.targets is None else self.targets.to(device, non_blocking=non_blocking)
-        return Batch(self.input_ids.to(device, non_blocking=non_blocking),
-                     self.attention_mask.to(device, non_blocking=non_blocking), targets)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> Self:
         """The same batch in memory from which a GPU copies while it computes."""
-        targets = None if self.targets is None else self.targets.pin_memory()
-        return Batch(self.input_ids.pin_memory(), self.attention_mask.pin_memory(), targets)
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, function: Callable[[Any], Any]) -> Self:
+        """Of all parts, those of a subclass among them."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
     def __len__(self) -> int:
         return len(self.input_ids)

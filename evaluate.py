@@ -181,10 +181,10 @@ def check_same_model(path: str, config: dict[str, Any] | None, record: dict[str,
                      args: argparse.Namespace) -> None:
     """Refuse a config of another model than the file's, and a --bert_output_dir that another run wrote.
 
-    Training settings may differ; the file itself holds all the weights.
+    The file itself holds all the weights.
     """
     if config is not None:
-        check_same_config(args.config, config, path, record["config"])
+        check_same_config(config, args.config, record["config"], path)
     if args.bert_output_dir:
         from util import RUN_ID, saved_fact
 

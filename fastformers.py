@@ -15,14 +15,25 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, check_same_config, natural_int, number, number_list, one_of, positive_int
-from text import InputError, fail_cleanly
-from training import add_training_flags, begin, check_training_flags, finish, load_data, publish
+from arguments import (
+    Parser,
+    check_same_config,
+    load_config,
+    natural_int,
+    number,
+    number_list,
+    one_of,
+    positive_int,
+)
+from text import InputError, atomic_write, fail_cleanly, open_input, sha256
+from training import Run, add_training_flags, begin, check_training_flags, finish, load_data, new_model, publish
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +79,14 @@ def add_distillation_flags(parser: Parser) -> None:
                          help="steps between log lines of the parts of the loss (default: 500)")
     teacher.add_argument("--log_evaluate_during_training", action="store_true",
                          help="with each of them accuracy and loss on the valid data")
+    teacher.add_argument("--compare_with", metavar="OTHER.train.json", nargs="+", default=[],
+                         help="runs whose curves are drawn beside this one's")
     mpl = parser.add_argument_group("meta pseudo labels, before distillation")
     mpl.add_argument("--mpl_data_path", help="unlabelled text, such as DATA_DIR/augmented.raw; labels are passed over")
+    mpl.add_argument("--mpl_epoch", type=positive_int, default=1,
+                     help="passes over the labelled data; each step takes as many unlabelled sentences (default: 1)")
+    mpl.add_argument("--mpl_labels", choices=("hard", "soft"), default="hard",
+                     help="pseudo labels drawn from the teacher's probabilities, or these themselves (default: hard)")
     mpl.add_argument("--mpl_warmup_steps", type=natural_int, default=1000,
                      help="steps of the teacher's rising learning rate (default: 1000)")
     mpl.add_argument("--mpl_learning_rate", type=number(), default=5e-5, help="the teacher's (default: 5e-5)")
@@ -93,9 +110,129 @@ def add_pruning_flags(parser: Parser) -> None:
                        help="epochs of training after it, with train.py's flags; the best is kept (default: 0)")
 
 
+# ---------------------------------------------------------------------------------------------------- distillation
+
+
+def check_distillation_flags(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    if not args.teacher_model_path:
+        raise InputError("--do_distill: name the teacher's checkpoint with --teacher_model_path.")
+    for flag, teacher in (("save_path", args.teacher_model_path),
+                          ("bert_output_dir", args.teacher_bert_model_name_or_path)):
+        if teacher and Path(getattr(args, flag)).resolve() == Path(teacher).resolve():
+            raise InputError(f"--{flag}={teacher}: that is the teacher; name another place for the student.")
+    if args.mpl_data_path and not Path(args.mpl_data_path).is_file():
+        raise InputError(f"--mpl_data_path={args.mpl_data_path}: no such file.")
+    int8 = ("enable_qat", "enable_qat_fx", "enable_diffq")
+    refused = {"state_loss_ratio": ("compile", *int8), "att_loss_ratio": ("compile", *int8),
+               "student_init_layers": ("bert_remove_layers", "restore_path"),
+               "mpl_data_path": ("resume", "fp16", "compile", "lora_r", *int8)}
+    for flag, others in refused.items():
+        if other := next((other for other in others if getattr(args, flag) and getattr(args, other)), None):
+            raise InputError(f"--{flag} and --{other} do not go together; leave one of them out.")
+
+
+def load_teacher(args: argparse.Namespace) -> dict[str, Any]:
+    """The teacher's checkpoint, checked against what else is said of the teacher."""
+    from util import RUN_ID, load_checkpoint, saved_fact
+
+    path, folder = args.teacher_model_path, args.teacher_bert_model_name_or_path
+    checkpoint = load_checkpoint(path)
+    if "model" not in checkpoint:
+        raise InputError(f"{path}: the state of a finished run, which holds no model; give that run's --save_path.")
+    if args.teacher_config:
+        check_same_config(load_config(args.teacher_config), args.teacher_config, checkpoint["config"], path)
+    run = saved_fact(folder, RUN_ID) if folder else None  # none: the pretrained model, say, which is not needed
+    if run not in (None, checkpoint["run_id"]):
+        raise InputError(f"{folder}: of run {run}, and {path} is of run {checkpoint['run_id']}; give the folder of the "
+                         "same run, or none.")
+    args.teacher_sha256 = sha256(path)  # a resumed run has the same teacher
+    return checkpoint
+
+
 def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Train a student on what a teacher answers."""
-    raise InputError("--do_distill: not there yet.")
+    check_distillation_flags(args)
+    others = {name: read_curve(name) for name in args.compare_with}
+    checkpoint = load_teacher(args)
+
+    from distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
+
+    make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else new_model
+    run = begin(args, config, "fastformers.py", make_model)
+    device, path = run.accelerator.device, args.teacher_model_path
+    teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint["flags"]["data_dir"]], run.train.labels)
+    logits = answer(teacher, run.train, args.augmented, args.eval_batch_size, device)
+    more: dict[str, Any] = {"teacher": {"path": path, "run_id": checkpoint["run_id"], "sha256": args.teacher_sha256}}
+    if args.mpl_data_path:
+        more["mpl_history"] = learn_pseudo_labels(run, teacher)
+        teacher.model.load_state_dict(checkpoint["model"])  # the one that answered
+    trainer = DistillationTrainer(run.model, TaughtData(run.train.path, logits), run.valid, args, run.record,
+                                  run.accelerator, teacher)
+    curve = join(finish(run, trainer, more))
+    draw_curves({args.save_path: curve, **others}, f"{args.save_path}.curves.png")
+
+
+def learn_pseudo_labels(run: Run, teacher: Any) -> list[dict[str, float]]:
+    """Train the student, and the teacher, with meta pseudo labels; leave the student where it was best on valid.
+
+    Returns:
+        The history of it.
+    """
+    from pseudo_labels import MetaTrainer
+    from util import load_checkpoint
+
+    if run.accelerator.num_processes > 1 or run.accelerator.scaler:
+        raise InputError("--mpl_data_path: meta pseudo labels are learned by one process, in bf16 or fp32.")
+    changes = {"epoch": run.args.mpl_epoch, "save_path": f"{run.args.save_path}.mpl"}
+    args = argparse.Namespace(**{**vars(run.args), **changes})
+    record = {**run.record, "run_id": f"{run.record['run_id']}-mpl"}
+    trainer = MetaTrainer(run.model, run.train, run.valid, args, record, run.accelerator, teacher)
+    best = trainer.fit()
+    logger.info("[meta pseudo labels] best at step %d: valid loss %.4f, valid accuracy %.4f; the student goes on from "
+                "there", best["step"], best["valid_loss"], best["valid_accuracy"])
+    run.model.load_state_dict(load_checkpoint(args.save_path)["model"])
+    return trainer.history
+
+
+def join(results: dict[str, Any]) -> list[dict[str, float]]:
+    """The history of a run as one curve, meta pseudo labels first."""
+    first = results.get("mpl_history", [])
+    done = first[-1]["step"] if first else 0
+    return [*first, *({**point, "step": done + point["step"]} for point in results["history"])]
+
+
+def read_curve(path: str) -> list[dict[str, float]]:
+    """The curve of another run, from its .train.json."""
+    with open_input(path) as file:
+        try:
+            curve = join(json.load(file))
+            return [{key: float(point[key]) for key in ("step", "valid_loss", "valid_accuracy")} for point in curve]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{path}: not the .train.json that a training leaves.") from None
+
+
+def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
+    """Draw accuracy and loss on valid by optimizer step, a line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, key, name in zip(panels, ("valid_accuracy", "valid_loss"), ("accuracy", "loss"), strict=True):
+        for run, curve in curves.items():
+            axes.plot([point["step"] for point in curve], [point[key] for point in curve], marker=".", label=run)
+        axes.set_xlabel("optimizer steps of the student")
+        axes.set_title(f"{name} on valid")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------- pruning
 
 
 # --------------------------------------------------------------------------------------------------------- pruning
@@ -139,7 +276,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     run.model.decoder.load_state_dict(decoder)  # one of Gaussians was fitted anew
     if args.recover_epoch:
         trainer = Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator)
-        finish(run, trainer)
+        finish(run, trainer, {"pruned_run_id": checkpoint["run_id"], **figures})
         figures["recovered"] = {"loss": trainer.best["valid_loss"], "accuracy": trainer.best["valid_accuracy"],
                                 "parameters": figures["pruned"]["parameters"]}
     else:
@@ -169,7 +306,7 @@ def check_pruning_flags(args: argparse.Namespace, config: dict[str, Any], checkp
     if checkpoint["facts"]["kind"] != "fs":
         raise InputError(f"{args.model_path}: a model of word vectors, which has no attention heads; --do_prune takes "
                          "transformers.")
-    check_same_config(args.config, config, args.model_path, checkpoint["config"])
+    check_same_config(config, args.config, checkpoint["config"], args.model_path)
 
 
 def tokenizer_folder(args: argparse.Namespace, checkpoint: dict[str, Any]) -> str:

@@ -143,6 +143,15 @@ class Trainer:
         accelerator: device and precision.
     """
 
+    # Flags that a resumed run must share.
+    decisive: tuple[str, ...] = (
+        "batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
+        "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
+        "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
+        "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision", "restore_path",
+        "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r", "compile", "enable_qat",
+        "enable_qat_fx", "enable_diffq", "diffq_penalty")
+
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
                  record: dict[str, Any], accelerator: Accelerator) -> None:
         self.args = args
@@ -227,7 +236,7 @@ class Trainer:
         state = load_checkpoint(self.state_path)
         flags = self.record["flags"]
         differing = [f"{name} {value} then, {flags.get(name)} now" for name, value in state["flags"].items()
-                     if name in _DECISIVE and flags.get(name) != value]
+                     if name in self.decisive and flags.get(name) != value]
         if differing:
             raise InputError(f"{self.state_path}: the run to resume had other flags ({'; '.join(differing)}); "
                              "give the same ones, or start anew without --resume.")
@@ -321,8 +330,7 @@ class Trainer:
         examples = sum(len(batch) for batch in group)
         for batch in group:
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            assert batch.targets is not None  # encoded data have them
-            loss = self._loss(batch, batch.targets)
+            loss = self._loss(batch)
             self.accelerator.backward(loss / examples)
             value = loss.item()
             if not math.isfinite(value):
@@ -339,19 +347,23 @@ class Trainer:
         if self.average:
             self.average.update()
 
-    def _loss(self, batch: Batch, targets: Tensor) -> Tensor:
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One pass: the loss of each example [B], and the logits [B, C]. A subclass may learn from something else."""
+        assert batch.targets is not None  # encoded data have them
+        with self.accelerator.autocast():
+            logits = self.model(batch.input_ids, batch.attention_mask).float()
+        return self.criterion(logits, batch.targets), logits
+
+    def _loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its examples.
 
         With --rdrop, of two passes with different dropout, plus the divergence between their predictions
         (R-Drop, Liang et al. 2021, arXiv 2106.14448, equation 4).
         """
-        with self.accelerator.autocast():
-            logits = self.model(batch.input_ids, batch.attention_mask).float()
-        loss = self.criterion(logits, targets)
+        loss, logits = self.objective(batch)
         if self.args.rdrop:
-            with self.accelerator.autocast():
-                again = self.model(batch.input_ids, batch.attention_mask).float()
-            loss = (loss + self.criterion(again, targets)) / 2
+            loss_again, again = self.objective(batch)
+            loss = (loss + loss_again) / 2
             p, q = logits.log_softmax(-1), again.log_softmax(-1)
             divergence = F.kl_div(p, q, reduction="none", log_target=True) + F.kl_div(
                 q, p, reduction="none", log_target=True)
@@ -421,12 +433,6 @@ class Trainer:
                     point["valid_accuracy"], point["lr"], " *" if better else "")
 
 
-# Attributes that a state file carries, and flags that a resumed run must share.
+# Attributes that a state file carries.
 _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epochs_without_gain", "gained", "history",
              "finished")
-_DECISIVE = ("batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
-             "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
-             "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
-             "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
-             "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers",
-             "lora_r", "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")

@@ -283,8 +283,15 @@ def begin(args: argparse.Namespace, config: dict[str, Any], script: str,
     return Run(args, config, train, valid, record, model, accelerator, resumed)
 
 
-def finish(run: Run, trainer: Trainer) -> None:
-    """Train to the end, and write the results and the transformer."""
+def finish(run: Run, trainer: Trainer, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train to the end, and write the results and the transformer.
+
+    Args:
+        more: what the results say beside the history.
+
+    Returns:
+        The results.
+    """
     from transformer import TransformerEmbedding
     from util import write_json
 
@@ -298,8 +305,9 @@ def finish(run: Run, trainer: Trainer) -> None:
         logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
                     best["valid_loss"], best["valid_accuracy"], args.save_path)
         keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
-        results = {key: record[key] for key in keys}
-        write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
+        results = {**{key: record[key] for key in keys}, **(more or {}), "best": best, "history": trainer.history}
+        write_json(results, f"{args.save_path}.train.json")
+        return results
     finally:  # an interrupted run leaves a whole pair, too
         if isinstance(run.model.embedding, TransformerEmbedding) and trainer.best:
             publish(args, record["identity"])

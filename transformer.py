@@ -170,6 +170,7 @@ class TransformerEmbedding(nn.Module):
         self.frozen = frozen
         self.output_size: int = transformer.config.hidden_size
         self._pad: Tensor | None = None  # [B, T], True at pad positions, while a forward pass runs
+        self.output: Any = None  # see keep_output
         takes = inspect.signature(transformer.forward).parameters
         self._kwargs = {"use_cache": False} if "use_cache" in takes else {}
         if frozen:
@@ -209,6 +210,14 @@ class TransformerEmbedding(nn.Module):
             self._pad = None
         return output.last_hidden_state.masked_fill(~mask.unsqueeze(-1), 0.0)
 
+    def keep_output(self, attentions: bool) -> None:
+        """From now on keep in `output` what each pass computes: all hidden states and, if asked for, attentions."""
+        self._kwargs["output_hidden_states"] = True
+        if attentions:
+            self.transformer.set_attn_implementation("eager")  # the others compute none
+            self._kwargs["output_attentions"] = True
+        self.transformer.register_forward_hook(lambda module, inputs, output: setattr(self, "output", output))
+
     def train(self, mode: bool = True) -> TransformerEmbedding:
         """Frozen transformers stay without dropout."""
         super().train(mode)
@@ -217,15 +226,15 @@ class TransformerEmbedding(nn.Module):
         return self
 
     @classmethod
-    def for_training(cls, data: EncodedData, args: argparse.Namespace) -> TransformerEmbedding:
-        """The embedding that train.py begins with: --bert_model_name_or_path."""
+    def for_training(cls, data: EncodedData, args: argparse.Namespace, model: Any = None) -> TransformerEmbedding:
+        """The embedding that training begins with: `model`, or that of --bert_model_name_or_path."""
         path = args.bert_model_name_or_path
         made = tokenizer_text(load_tokenizer(path))
         if hashlib.sha256(made.encode()).hexdigest() != data.facts["vocab_sha256"]:
             raise InputError(f"{data.path}: encoded with the tokenizer of {data.facts['bert_model_name_or_path']}, "
                              f"which is not that of {path}; run preprocess.py with "
                              f"--bert_model_name_or_path={path}.")
-        model = load_pretrained(path)
+        model = model or load_pretrained(path)
         if args.bert_remove_layers:
             remove_layers(model, args.bert_remove_layers)
         rows = model.get_input_embeddings().num_embeddings
