@@ -287,6 +287,19 @@ def test_a_pruned_folder_is_fine_tuned_like_any_other(pruned: Case) -> None:
     assert history[0]["train_loss"] < pruned.results("train")["history"][0]["train_loss"]
 
 
+def test_distillation_takes_a_pruned_folder(pruned: Case) -> None:
+    """As the student, which learns hidden states and attentions of the whole model, and as the teacher."""
+    common = ["--do_distill", "--max_train_steps=2", "--state_loss_ratio=1", "--att_loss_ratio=1"]
+    student = f"--bert_model_name_or_path={pruned.root / 'pruned'}"
+    fastformers.main(pruned.train_flags(*common, student, f"--teacher_model_path={pruned.root / 'model.pt'}",
+                                        f"--save_path={pruned.root / 'student.pt'}"))
+    assert num_heads(load(pruned, "student.pt").embedding.transformer.config) == HEADS - 1
+    fastformers.main(pruned.train_flags(*common, f"--teacher_model_path={pruned.root / 'pruned.pt'}",
+                                        "--student_init_layers=0,2", f"--save_path={pruned.root / 'student.pt'}"))
+    transformer = load(pruned, "student.pt").embedding.transformer
+    assert num_heads(transformer.config) == HEADS - 1 and len(layer_parts(transformer)) == 2
+
+
 def test_recovery(bert: Case) -> None:
     """It trains what is left, keeps the best, and its files are a pair; what was pruned to fewer stays as it was."""
     flags = prune_flags(bert, "--target_num_heads=1", "--target_ffn_dim=4", "--recover_epoch=2")
