@@ -103,6 +103,7 @@ TRAINING_KEYS: dict[str, Key] = {
     "rdrop": _number(0, 1e6, required=False),
     "ema_decay": _number(0, 0.99999, required=False),
     "criterion": Key(lambda v: v in CRITERIA, " or ".join(CRITERIA), required=False),
+    "kd_temperature": _number(1e-3, 1e3, required=False),
     "measure": Key(lambda v: v in ("loss", "accuracy", "last"), "loss, accuracy or last", required=False),
     "embedding_trainable": Key(lambda v: isinstance(v, bool), "true or false", required=False),
 }

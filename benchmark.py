@@ -1,10 +1,10 @@
 """Measure the toolkit: speed, memory and accuracy, as tables and a picture.
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
-Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, inference.json and .png, accuracy.json and .png;
-        Markdown tables on standard output.
+Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png,
+        accuracy.json and .png; Markdown tables on standard output.
 
-    python benchmark.py                     speed, vectors, memory, finetune and inference: on an otherwise idle machine
+    python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
     python benchmark.py table               print again what RESULTS holds
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int, positive_int
 from benchmarks.accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
+from benchmarks.augment import measure_augmentation
 from benchmarks.finetune import measure_finetuning
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, figure, interleave, launch, training_rate
@@ -277,8 +278,8 @@ def generate_corpus(path: Path, lines: int, vocabulary: int) -> None:
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
-    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "finetune": measure_finetuning,
-    "inference": measure_inference,
+    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory,
+    "augment": measure_augmentation, "finetune": measure_finetuning, "inference": measure_inference,
 }
 VERBS = (*MEASURES, "accuracy", "table")
 

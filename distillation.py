@@ -285,7 +285,7 @@ class DistillationTrainer(Trainer):
         InputError: hidden states or attentions that cannot be compared.
     """
 
-    decisive = (*Trainer.decisive, "teacher_sha256", "kd_temperature", "hard_loss_ratio", "state_loss_ratio",
+    decisive = (*Trainer.decisive, "teacher_sha256", "hard_loss_ratio", "state_loss_ratio",
                 "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
 
     def __init__(self, model: Classifier, train: TaughtData, valid: EncodedData, args: argparse.Namespace,

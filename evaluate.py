@@ -5,6 +5,7 @@ Reads   MODEL_PATH (with --enable_ort ONNX_PATH) and DATA_DIR/test.txt with its 
 Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB prediction,
         and beside the model's file its .test.json (results) and .confusion.png.
         --convert_onnx writes ONNX_PATH, with --quantize_onnx also QUANTIZED_ONNX_PATH, and no results.
+        --augmented labels DATA_DIR/augmented.raw: it writes augmented.raw.pred, sentence TAB logits, and no results.
 
     python evaluate.py --config=configs/config-glove-cnn.json --data_dir=data/snips
     echo "play some jazz" | python evaluate.py --input_path=-
@@ -38,7 +39,8 @@ from arguments import (
     one_of,
     positive_int,
 )
-from text import InputError, LabelParser, Labels, Lines, atomic_write, fail_cleanly, text_encoder
+from labelling import label_parser, label_text
+from text import InputError, Labels, Lines, atomic_write, fail_cleanly, text_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                       help="from raw text, one sentence at a time, with tokenization in the measured time")
     what.add_argument("--input_path", help="classify the lines of this file, - for standard input; answers one JSON "
                                            "object a line on standard output")
+    what.add_argument("--augmented", action="store_true",
+                      help="label augmented.raw with logits, in fp32, for a student to learn from")
     what.add_argument("--num_examples", type=natural_int, default=0, help="only the first so many (default: 0, all)")
     what.add_argument("--batch_size", type=positive_int, default=1, help="(default: 1)")
     what.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
@@ -84,7 +88,12 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         raise InputError("--quantize_onnx goes with --convert_onnx or with --enable_ort.")
     if args.enable_ort and args.device not in (None, "cpu"):
         raise InputError(f"--enable_ort runs on the cpu, not on --device={args.device}.")
-    int8_way(args)
+    way = int8_way(args)
+    for flag, given in (("enable_inference", args.enable_inference), ("input_path", args.input_path),
+                        ("convert_onnx", args.convert_onnx), ("quantize_onnx", args.quantize_onnx),
+                        (f"enable_{way}", way)):
+        if args.augmented and given:
+            raise InputError(f"--augmented labels encoded text in fp32; leave --{flag} out.")
     return args, None if args.config is None else load_config(args.config)
 
 
@@ -111,6 +120,9 @@ class Predictor(Protocol):
     labels: Labels
     tokenizer: Any
 
+    def logits(self, rows: Sequence[Any]) -> np.ndarray:
+        """Logits [B, C] float32 of a batch of token id rows."""
+
     def probabilities(self, rows: Sequence[Any]) -> np.ndarray:
         """Class probabilities [B, C] of a batch of token id rows."""
 
@@ -124,15 +136,22 @@ class TorchPredictor:
     labels: Labels
     device: Any
 
+    def logits(self, rows: Sequence[Any]) -> np.ndarray:
+        """Logits [B, C] float32 of a batch of token id rows."""
+        return self._logits(rows).cpu().numpy()
+
     def probabilities(self, rows: Sequence[Any]) -> np.ndarray:
         """Class probabilities [B, C] of a batch of token id rows."""
+        return self._logits(rows).softmax(-1).cpu().numpy()
+
+    def _logits(self, rows: Sequence[Any]) -> Any:
         import torch
 
         from dataset import pad
 
         with torch.inference_mode():
             batch = pad(rows).to(self.device)
-            return self.model(batch.input_ids, batch.attention_mask).softmax(-1).cpu().numpy()
+            return self.model(batch.input_ids, batch.attention_mask)
 
 
 def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
@@ -256,7 +275,7 @@ def _batches(lines: Lines, size: int, limit: int) -> Iterator[list[str]]:
 
 def read_examples(path: Path, labels: Labels, skip_bad_lines: bool, limit: int) -> tuple[list[str], list[str], Any]:
     """Sentences, labels as written, and class ids of a TSV file."""
-    parser = LabelParser(labels)
+    parser = label_parser(path, labels)
     sentences, written, targets = [], [], []
 
     def parse(label: str) -> Any:
@@ -354,6 +373,18 @@ def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> Non
             args.quantized_onnx_mb)
 
 
+def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+    """Write augmented.raw.pred."""
+    from dataset import EncodedData
+
+    data = EncodedData(folder / f"augmented.raw.{record['facts']['kind']}")
+    check_same_data(data, record, model_file(args))
+    begin = time.perf_counter()
+    target = label_text(data, predictor.labels, predictor.logits, args.batch_size, args.num_examples,
+                        {"run_id": record["run_id"], "model_path": model_file(args)})
+    logger.info("[wrote %s] logits of run %s, in %.1f s", target, record["run_id"], time.perf_counter() - begin)
+
+
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
@@ -370,6 +401,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.data_dir or record["flags"]["data_dir"])
     if args.input_path:
         classify_lines(predictor, args)
+        return
+    if args.augmented:
+        label_augmented(predictor, record, args, folder)
         return
 
     path, source = model_file(args), folder / "test.txt"

@@ -62,8 +62,6 @@ def add_distillation_flags(parser: Parser) -> None:
     teacher.add_argument("--teacher_bert_model_name_or_path",
                          help="the teacher's --bert_output_dir, checked to be of the same run (the checkpoint holds "
                               "all that is needed)")
-    teacher.add_argument("--kd_temperature", type=number(0.01), default=1.0,
-                         help="the logits of both are divided by it (default: 1.0)")
     teacher.add_argument("--hard_loss_ratio", type=number(0, 1), default=0.0,
                          help="share of --criterion on the labels; the rest is the loss on the teacher's logits "
                               "(default: 0.0)")

@@ -19,12 +19,11 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from arguments import (
     Parser,
@@ -38,6 +37,7 @@ from arguments import (
 )
 from arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
 from corpus import Repeats, SplitReport
+from labelling import label_parser
 from text import (
     VOCABULARY_FILES,
     InputError,
@@ -47,8 +47,10 @@ from text import (
     SubwordTokenizer,
     WordTokenizer,
     atomic_write,
+    chunks,
     fail_cleanly,
     looks_like_logits,
+    progress,
     sha256,
     sweep,
     text_encoder,
@@ -74,6 +76,11 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     files.add_argument("--augmented", action="store_true",
                        help="encode --augmented_filename in place of train.txt; label.txt is read, not written")
     files.add_argument("--augmented_filename", default="augmented.raw", help="(default: %(default)s)")
+    files.add_argument("--dummy_label", default="dummy",
+                       help="what stands in it in the place of labels that it lacks (default: %(default)s)")
+    files.add_argument("--logits_order", metavar="FILE",
+                       help="a file of the labels, one a line, in the order of the logits in it, where no record of "
+                            "evaluate.py --augmented says it")
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument("--n_ctx", type=positive_int, help="most words a sentence, over the config's")
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
@@ -115,7 +122,7 @@ def count_words(path: Path, split: Callable[[str], list[str]] | None, skip_bad_l
                 raise InputError(f"{path}: the label {label!r} reads as a teacher's logits, and the label map that "
                                  f"they follow is missing; put the class names into {label_path}, one a line.")
             labels = Labels.read(label_path)
-            parser = LabelParser(labels)
+            parser = label_parser(path, labels)
         if parser is not None:
             parser(label)
         elif logits:
@@ -131,16 +138,6 @@ def count_words(path: Path, split: Callable[[str], list[str]] | None, skip_bad_l
     if len(names) < 2:
         raise InputError(f"{path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
     return words, Labels(tuple(names))
-
-
-def progress(path: Path, lines: Lines) -> Any:
-    """The lines, with a bar that knows the file's size."""
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        for number, example in enumerate(lines):
-            if number % 4096 == 0:
-                bar.update(lines.bytes_read - bar.n)
-            yield example
-        bar.update(lines.bytes_read - bar.n)
 
 
 # -------------------------------------------------------------------------------------------------- the vocabulary
@@ -212,14 +209,13 @@ def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim
 
 
 def encode_split(path: Path, target: Path, encoder: WordTokenizer | SubwordTokenizer, labels: Labels,
-                 facts: dict[str, Any], skip_bad_lines: bool, repeats: Repeats) -> SplitReport:
+                 parser: LabelParser, facts: dict[str, Any], skip_bad_lines: bool, repeats: Repeats) -> SplitReport:
     """Encode one file to flat arrays; see dataset.py."""
     report = SplitReport(path.name)
     repeats.add_split(path.name)
-    parser = LabelParser(labels)
     lines = Lines(path, skip_bad_lines, parse_label=parser)
-    chunks = _chunks(progress(path, lines))
-    first = next(chunks)
+    rest = chunks(progress(path, lines))
+    first = next(rest)
     target_column: tuple[str, tuple[str, tuple[int, ...]]] = (
         ("logits", ("f4", (len(labels),))) if parser.logits else ("labels", ("i4", ()))
     )
@@ -238,7 +234,7 @@ def encode_split(path: Path, target: Path, encoder: WordTokenizer | SubwordToken
             del tokens[:], ends[:]
             targets.clear()
 
-        for examples in itertools.chain([first], chunks):
+        for examples in itertools.chain([first], rest):
             rows = encoder.encode_batch([example.sentence for example in examples])
             for example, (row, length) in zip(examples, rows, strict=True):
                 report.lengths[length] += 1
@@ -260,20 +256,6 @@ def encode_split(path: Path, target: Path, encoder: WordTokenizer | SubwordToken
         writer.metadata["facts"] = json.dumps({**facts, "source_sha256": sha256(path), "skip_bad_lines": skip_bad_lines,
                                                "sentences": report.sentences, "skipped": report.skipped})
     return report
-
-
-def _chunks(examples: Iterator[Any], sentences: int = 1024, characters: int = 1 << 18) -> Iterator[list[Any]]:
-    """As many examples as a tokenizer spreads well over its threads, and long ones fewer at a time."""
-    chunk: list[Any] = []
-    size = 0
-    for example in examples:
-        chunk.append(example)
-        size += len(example.sentence)
-        if len(chunk) == sentences or size >= characters:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -315,9 +297,14 @@ def main(argv: list[str] | None = None) -> None:
         repeats = Repeats(stage)
         reports = []
         for name in names:
-            encoder = text_encoder(vocabulary, {**facts, "augmented": name == args.augmented_filename})
-            reports.append(encode_split(folder / name, stage / f"{name}.{facts['kind']}", encoder, labels, facts,
-                                        args.skip_bad_lines, repeats))
+            augmented = args.augmented and name == args.augmented_filename
+            encoder = text_encoder(vocabulary, {**facts, "augmented": augmented})
+            parser, more = label_parser(folder / name, labels), {}
+            if augmented:
+                parser = label_parser(folder / name, labels, args.dummy_label, args.logits_order, required=True)
+                more = {"dummy_label": args.dummy_label}
+            reports.append(encode_split(folder / name, stage / f"{name}.{facts['kind']}", encoder, labels, parser,
+                                        {**facts, **more}, args.skip_bad_lines, repeats))
         for report in reports:
             for line in report.lines(labels.names, config["n_ctx"]):
                 logger.info(line)

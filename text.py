@@ -14,10 +14,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 
 class InputError(Exception):
@@ -229,6 +229,43 @@ class Lines:
         return Example(number, sentence, self.parse_label(label) if self.labelled else "")
 
 
+def progress(path: str | os.PathLike[str], lines: Lines) -> Iterator[Example]:
+    """The lines of `path`, with a bar that knows the file's size."""
+    from tqdm import tqdm
+
+    path = Path(path)
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        for number, example in enumerate(lines):
+            if number % 4096 == 0:
+                bar.update(lines.bytes_read - bar.n)
+            yield example
+        bar.update(lines.bytes_read - bar.n)
+
+
+class HasSentence(Protocol):
+    """Something with a sentence, such as an Example."""
+
+    @property
+    def sentence(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=HasSentence)
+
+
+def chunks(examples: Iterable[Item], sentences: int = 1024, characters: int = 1 << 18) -> Iterator[list[Item]]:
+    """Examples by so many, and fewer of long ones at a time."""
+    chunk: list[Item] = []
+    size = 0
+    for example in examples:
+        chunk.append(example)
+        size += len(example.sentence)
+        if len(chunk) == sentences or size >= characters:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 # ---------------------------------------------------------------------------------------------------------- labels
 
 
@@ -264,6 +301,9 @@ class Labels:
         return {name: number for number, name in enumerate(self.names)}
 
 
+NO_LABEL = -1  # the target of text without a label
+
+
 def looks_like_logits(label: str) -> bool:
     """Whether a label is two or more numbers separated by blanks, as a teacher's logits are."""
     try:
@@ -277,40 +317,64 @@ class LabelParser:
 
     Args:
         labels: the label map.
+        dummy: what stands in the place of a label in text that has none, unless the label map has it; such text gets
+            the target NO_LABEL. None: text without labels is an error.
+        columns: asked once, at the first logits, for the column of each label; None: they are in the labels' order.
 
     Attributes:
         logits: True where the file holds logits, None before the first label.
     """
 
-    def __init__(self, labels: Labels) -> None:
+    def __init__(self, labels: Labels, dummy: str | None = None,
+                 columns: Callable[[], list[int] | None] | None = None) -> None:
         self.ids = labels.index()
+        self.dummy = None if dummy in self.ids else dummy
+        self.columns = columns
+        self.order: list[int] | None = None
         self.logits: bool | None = None
+        self.labelled: bool | None = None
 
     def __call__(self, label: str) -> int | list[float]:
         """The target of one label.
 
         Raises:
-            ValueError: an unknown label, logits of the wrong count or not finite, or a mixture of both kinds.
+            ValueError: an unknown label, logits of the wrong count or not finite, or a mixture of the kinds.
+            InputError: from `columns`.
         """
-        logits = self.logits
-        if logits is None:
-            logits = label not in self.ids and looks_like_logits(label)
-        if not logits:
-            if label not in self.ids:
-                raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
-            self.logits = False
-            return self.ids[label]
+        labelled = label != self.dummy
+        if self.labelled not in (None, labelled):
+            raise ValueError(f"the label {_short(label)}, and the file's first line has "
+                             + ("none." if labelled else "one: this says that there is none."))
+        if not labelled:
+            self.labelled = self.logits = False
+            return NO_LABEL
+        target = self._logits(label) if self._is_logits(label) else self._class_id(label)
+        self.labelled = True
+        return target
+
+    def _is_logits(self, label: str) -> bool:
+        return self.logits or (self.logits is None and label not in self.ids and looks_like_logits(label))
+
+    def _class_id(self, label: str) -> int:
+        if label not in self.ids:
+            raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
+        self.logits = False
+        return self.ids[label]
+
+    def _logits(self, label: str) -> list[float]:
         try:
             numbers = [float(part) for part in label.split()]
         except ValueError:
             raise ValueError(f"the label {_short(label)} is not a row of logits, as the file's first one is.") from None
+        if self.columns:
+            self.order, self.columns = self.columns(), None
         if len(numbers) != len(self.ids):
             raise ValueError(f"{len(numbers)} logits where label.txt names {len(self.ids)} labels.")
         # Beyond single precision's range a finite number would be stored as infinity.
         if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
             raise ValueError("a logit that is not finite.")
         self.logits = True
-        return numbers
+        return numbers if self.order is None else [numbers[column] for column in self.order]
 
 
 def _short(text: str, limit: int = 60) -> str:
@@ -350,12 +414,16 @@ def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable
     return (lambda sentence: split(sentence.lower())) if lowercase else split
 
 
+MASK = "[MASK]"  # in augmented text, a word that is hidden from the model
+
+
 class WordTokenizer:
     """From sentences to the ids of their words: what the GloVe models read.
 
     Args:
         vocabulary: the words, a line each, <pad> and <unk> first.
-        facts: `tokenizer`, `lowercase` and `n_ctx`, as preprocess.py recorded them.
+        facts: `tokenizer`, `lowercase` and `n_ctx`, as preprocess.py recorded them; where `augmented` is true, a
+            [MASK] in the text is an unknown word, whatever the tokenizer would make of it.
     """
 
     unknown = 1
@@ -366,6 +434,7 @@ class WordTokenizer:
         self.ids = {word: number for number, word in enumerate(words) if number > 1}
         self.split = word_tokenizer(facts["tokenizer"], facts["lowercase"])
         self.n_ctx = facts["n_ctx"]
+        self.masks = facts.get("augmented", False)
 
     def __call__(self, sentence: str) -> list[int]:
         """Word ids, at most n_ctx of them; 1 for an unknown word."""
@@ -373,8 +442,16 @@ class WordTokenizer:
 
     def encode_batch(self, sentences: list[str]) -> list[tuple[list[int], int]]:
         """The ids of each sentence, and how many it would have without truncation."""
-        rows = [[self.ids.get(word, 1) for word in self.split(sentence)] for sentence in sentences]
+        rows = [self._masked(sentence) if self.masks and MASK in sentence else
+                [self.ids.get(word, 1) for word in self.split(sentence)] for sentence in sentences]
         return [(row[: self.n_ctx], len(row)) for row in rows]
+
+    def _masked(self, sentence: str) -> list[int]:
+        ids: list[int] = []
+        for part in sentence.split(MASK):
+            ids += [self.ids.get(word, 1) for word in self.split(part)]
+            ids.append(self.unknown)
+        return ids[:-1]
 
 
 class SubwordTokenizer:
@@ -418,7 +495,7 @@ class SubwordTokenizer:
     def encode_batch(self, sentences: list[str]) -> list[tuple[list[int], int]]:
         """The ids of each sentence, and how many it would have without truncation."""
         if self.mask:
-            sentences = [sentence.replace("[MASK]", self.mask) for sentence in sentences]
+            sentences = [sentence.replace(MASK, self.mask) for sentence in sentences]
         rows = []
         for encoding in self.tokenizer.encode_batch(sentences):
             ids = encoding.ids

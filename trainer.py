@@ -34,22 +34,29 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------------- objectives
 
 
-def make_criterion(name: str, class_weights: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def make_criterion(name: str, class_weights: Tensor | None = None,
+                   temperature: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of each example: (logits [B, C], targets: class ids [B] or a teacher's logits [B, C]) -> [B].
 
     CrossEntropyLoss and LabelSmoothingCrossEntropy (0.1) take a teacher's logits as its softmax; KLDivLoss is
-    KL(teacher || student); MSELoss compares logits.
+    KL(teacher || student); MSELoss compares logits. The first three divide a teacher's logits and the student's by
+    the temperature, and multiply the loss by its square, which keeps the gradient's size (Hinton et al. 2015, arXiv
+    1503.02531, section 2).
     """
     smoothing = 0.1 if name == "LabelSmoothingCrossEntropy" else 0.0
 
     def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-        soft = targets.is_floating_point()
         if name == "MSELoss":
             return F.mse_loss(logits, targets, reduction="none").mean(-1)
+        if targets.is_floating_point() and temperature != 1:
+            return temperature**2 * softmax_loss(logits / temperature, targets / temperature)
+        return softmax_loss(logits, targets)
+
+    def softmax_loss(logits: Tensor, targets: Tensor) -> Tensor:
         if name == "KLDivLoss":
             return F.kl_div(logits.log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        return F.cross_entropy(logits, targets.softmax(-1) if soft else targets, weight=class_weights,
-                               label_smoothing=smoothing, reduction="none")
+        return F.cross_entropy(logits, targets.softmax(-1) if targets.is_floating_point() else targets,
+                               weight=class_weights, label_smoothing=smoothing, reduction="none")
 
     return criterion
 
@@ -148,8 +155,8 @@ class Trainer:
         "batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
         "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
         "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
-        "class_weights", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision", "restore_path",
-        "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r", "compile", "enable_qat",
+        "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
+        "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r", "compile", "enable_qat",
         "enable_qat_fx", "enable_diffq", "diffq_penalty")
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
@@ -163,7 +170,7 @@ class Trainer:
         weights = None
         if args.class_weights == "balanced":
             weights = balanced_class_weights(train.class_ids(), len(train.labels)).to(accelerator.device)
-        self.criterion = make_criterion(args.criterion, weights)
+        self.criterion = make_criterion(args.criterion, weights, args.kd_temperature)
 
         batches = len(self.sampler)
         self.steps_per_epoch = -(-batches // args.gradient_accumulation_steps)

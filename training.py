@@ -30,7 +30,7 @@ from arguments import (
     one_of,
     positive_int,
 )
-from text import VOCABULARY_FILES, InputError, Labels, open_input
+from text import NO_LABEL, VOCABULARY_FILES, InputError, Labels, open_input
 
 if TYPE_CHECKING:  # `X.py --help` loads no torch
     from trainer import Trainer
@@ -84,6 +84,8 @@ def add_training_flags(parser: Parser) -> None:
 
     loss = parser.add_argument_group("loss and regularization")
     loss.add_argument("--criterion", choices=CRITERIA, default="CrossEntropyLoss", help="(default: %(default)s)")
+    loss.add_argument("--kd_temperature", type=number(1e-3, 1e3), default=1.0,
+                      help="divides a teacher's logits and the student's before their softmax (default: 1.0)")
     loss.add_argument("--class_weights", choices=("none", "balanced"), default="none",
                       help="balanced: rare classes count as much as frequent ones (default: none)")
     loss.add_argument("--embedding_trainable", action=argparse.BooleanOptionalAction, default=False,
@@ -168,6 +170,14 @@ def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, An
     if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
         raise InputError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
                          "class labels; use CrossEntropyLoss.")
+    if (train.targets == NO_LABEL).any() and not train.has_logits:
+        raise InputError(f"{train.path}: its sentences have no labels; label them with evaluate.py --augmented, copy "
+                         "augmented.raw.pred to augmented.txt and encode that.")
+    taught = train.has_logits or getattr(args, "do_distill", False)
+    if args.kd_temperature != 1 and (args.criterion == "MSELoss" or not taught):
+        raise InputError(f"--kd_temperature={args.kd_temperature:g} has no meaning for "
+                         + ("--criterion=MSELoss, which compares the logits themselves." if taught else
+                            f"{train.path}, which holds class labels and no teacher's logits."))
     if args.criterion in ("MSELoss", "KLDivLoss") and args.class_weights != "none":
         raise InputError(f"--class_weights={args.class_weights} has no meaning for --criterion={args.criterion}.")
     return train, valid

@@ -90,6 +90,15 @@ def test_finetune(raw: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["peak_mb"] > 10 and len(found["sentences_a_second"]) == 3
 
 
+def test_augment(raw: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run("augment", f"--data_dir={raw.data}")
+    found = check_figures("augment", capsys.readouterr().out, 4)
+    assert [row["aim"] for row in found["figures"]] == [">= 1", "", "", "<= 1.1"]
+    assert all(one["sentences"] == 46 and one["lines"] > 46 and one["peak_mb"] > 10 for one in found["runs"])
+    assert {(one["n_iter"], one["parallel"]) for one in found["runs"]} == {
+        (5, False), (5, True), (20, False), (20, True)}
+
+
 def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--inference_models", "cnn", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}",
              "--checkpoints=kept", "--num_threads=1")

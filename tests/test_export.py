@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,22 @@ def test_a_file_with_convolutions_tabulated_by_word(trained: Place, monkeypatch:
     evaluate.main(onnx_flags(trained.root, "--enable_ort", "--quantize_onnx", "--device=cpu"))
     flags = onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx", "--quantized_onnx_mb=0.001")
     assert "at most 0.001 MB" in refusal(evaluate.main, *flags)
+    check_labelling(trained)
+
+
+def check_labelling(place: Place) -> None:
+    """A teacher in ONNX writes the logits that PyTorch writes."""
+    shutil.copy(place.data / "valid.txt", place.data / "augmented.raw")
+    preprocess.main(place.preprocess_flags("--augmented"))
+    said = []
+    for flags in ([], ["--enable_ort"]):
+        evaluate.main(onnx_flags(place.root, "--device=cpu", "--augmented", "--batch_size=7", *flags))
+        lines = (place.data / "augmented.raw.pred").read_text(encoding="utf-8").splitlines()
+        said.append(np.array([line.split("\t")[1].split() for line in lines], np.float32))
+    np.testing.assert_allclose(*said, atol=1e-4)
+    files = {json.loads(path.read_text())["teacher"]["model_path"].split("/")[-1]
+             for path in place.data.glob("logits-*.json")}
+    assert "model.onnx" in files
 
 
 def check_trained_scales(root: Path) -> None:

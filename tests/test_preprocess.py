@@ -389,7 +389,8 @@ def test_augmented(encoded: Place) -> None:
     preprocess.main(encoded.preprocess_flags())
     before = snapshot(encoded.data)
     write_lines(encoded.data / "augmented.txt", [*logit_lines(9), ("a word never met", "1 2 3 4")])
-    preprocess.main(encoded.preprocess_flags("--augmented", "--augmented_filename=augmented.txt"))
+    preprocess.main(encoded.preprocess_flags("--augmented", "--augmented_filename=augmented.txt",
+                                             f"--logits_order={encoded.data / 'label.txt'}"))
     after = snapshot(encoded.data)
     assert set(after) - set(before) == {"augmented.txt", "augmented.txt.ids"}
     assert {name for name in before if before[name] != after[name]} == set()

@@ -376,7 +376,8 @@ def test_learning_from_logits(teacher: Place, criterion: str, encoder: str) -> N
 
 def test_learning_from_augmented_logits(encoded: Place, teacher: Place) -> None:
     shutil.copy(teacher.data / "train.txt", encoded.data / "augmented.txt")
-    preprocess.main(encoded.preprocess_flags("--augmented", "--augmented_filename=augmented.txt"))
+    preprocess.main(encoded.preprocess_flags("--augmented", "--augmented_filename=augmented.txt",
+                                             f"--logits_order={teacher.data / 'label.txt'}"))
     train.main(encoded.train_flags("--augmented", "--criterion=MSELoss", "--epoch=8", "--word_dropout=1"))
     assert results(encoded)["best"]["valid_accuracy"] > 0.6
     assert load_checkpoint(encoded.model)["facts"]["sentences"] == 60

@@ -61,6 +61,16 @@ def test_soft_targets(name: str, scores: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(make_criterion(name)(logits, teacher), soft_formula(name, logits, teacher))
 
 
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "LabelSmoothingCrossEntropy", "KLDivLoss"])
+def test_temperature(name: str, scores: tuple[Tensor, ...]) -> None:
+    logits, ids, teacher = scores
+    found = make_criterion(name, temperature=3.0)(logits, teacher)
+    torch.testing.assert_close(found, 9 * soft_formula(name, logits / 3, teacher / 3))
+    if name != "KLDivLoss":  # class labels are not softened, valid data's among them
+        given = logits, ids
+        torch.testing.assert_close(make_criterion(name, temperature=3.0)(*given), make_criterion(name)(*given))
+
+
 def test_teacher_and_student_alike_lose_nothing(scores: tuple[Tensor, ...]) -> None:
     for name in ("MSELoss", "KLDivLoss"):
         assert make_criterion(name)(scores[2], scores[2]).abs().max() < 1e-6

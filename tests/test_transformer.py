@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, LAYERS, POSITIONS, make_model
-from helpers import ROOT, make_config, refusal, same_weights, snapshot
+from helpers import ROOT, make_config, refusal, same_weights, snapshot, write_config
 
+import augment_data
 import evaluate
 import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import EncodedData, pad
 from model import load_classifier
-from text import SubwordTokenizer, text_encoder
+from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
 from transformer import layer_lists, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
 from util import load_checkpoint
 
@@ -234,6 +235,30 @@ def test_augmented_data(bert: Case) -> None:
     preprocess.main(bert.flags("--augmented"))
     tokenizer = load_tokenizer(str(bert.root / "model"))
     assert list(EncodedData(data / "augmented.raw.fs").token_ids).count(tokenizer.mask_token_id) == 2
+
+
+def test_a_transformer_teaches_words(bert: Case) -> None:
+    data = bert.root / "data"
+    augment_data.main([f"--input={data / 'valid.txt'}", f"--output={data / 'augmented.raw'}", "--no_analyzer",
+                       "--n_iter=2"])
+    preprocess.main(bert.flags("--augmented"))
+    evaluate.main(bert.evaluate_flags("--augmented", "--batch_size=16", f"--data_dir={data}"))
+    raw, found = ([line.split("\t") for line in (data / name).read_text(encoding="utf-8").splitlines()]
+                  for name in ("augmented.raw", "augmented.raw.pred"))
+    assert [sentence for sentence, _ in found] == [sentence for sentence, _ in raw]
+    teacher = np.array([label.split() for _, label in found], np.float32)
+    encoded = EncodedData(data / "augmented.raw.fs")
+    model = load_classifier(load_checkpoint(bert.root / "model.pt"), []).eval()
+    torch.testing.assert_close(torch.from_numpy(teacher), logits(model, encoded.rows(range(len(encoded)))),
+                               atol=1e-4, rtol=1e-4)
+    shutil.copy(data / "augmented.raw.pred", data / "augmented.txt")
+    config = write_config(bert.root / "student.json")
+    preprocess.main([f"--config={config}", f"--data_dir={data}", "--embedding_path=none", "--augmented",
+                     "--augmented_filename=augmented.txt"])
+    student = EncodedData(data / "augmented.txt.ids")
+    np.testing.assert_array_equal(student.targets, teacher)
+    place = next(number for number, (sentence, _) in enumerate(raw) if MASK in sentence)
+    assert student.rows([place])[0][raw[place][0].split(" ").index(MASK)] == WordTokenizer.unknown
 
 
 # ------------------------------------------------------------------------------------------------------ what it left
