@@ -17,6 +17,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,15 +230,30 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
 
+    from util import setup_logging
+
+    setup_logging(args.log_path)
+    run(args, config)
+
+
+def run(args: argparse.Namespace, config: dict[str, Any],
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
+    """One training, from the flags to the files. Returns the metrics of the best model.
+
+    Args:
+        args, config: as get_params makes them.
+        on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
+            see Trainer.history; an exception of it ends the training.
+    """
     import torch
     from accelerate import Accelerator
 
     from model import EMBEDDINGS, build_model
     from trainer import Trainer
     from transformer import TransformerEmbedding, add_lora, check_output_folder
-    from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging, write_json
+    from util import choose_device, choose_precision, load_checkpoint, set_seed, write_json
 
-    setup_logging(args.log_path)
+    config = dict(config)  # load_data may correct it
     device = choose_device(args.device)
     precision = choose_precision(args.mixed_precision, device)
     train, valid = load_data(args, config)
@@ -259,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    trainer = Trainer(model, train, valid, args, record, accelerator)
+    trainer = Trainer(model, train, valid, args, record, accelerator, on_epoch)
     if resumed:
         trainer.load_state()
     logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
@@ -271,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
         results = {key: record[key] for key in keys}
         write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
+        return best
     finally:  # an interrupted run leaves a whole pair, too
         if isinstance(embedding, TransformerEmbedding) and trainer.best:
             publish(args, record["identity"])

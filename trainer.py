@@ -141,13 +141,17 @@ class Trainer:
         args: train.py's flags.
         record: what a checkpoint says beside the weights (config, labels, identity, flags ...).
         accelerator: device and precision.
+        on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
+            (the newest of `history`); what it raises ends the training.
     """
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
-                 record: dict[str, Any], accelerator: Accelerator) -> None:
+                 record: dict[str, Any], accelerator: Accelerator,
+                 on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
         self.args = args
         self.record = record
         self.accelerator = accelerator
+        self.on_epoch = on_epoch
         self.train_data = train
         self.valid_data = valid
         self.sampler = BucketSampler(train.lengths, args.batch_size, seed=args.seed)
@@ -304,6 +308,8 @@ class Trainer:
         self.position = 0
         self.finished = self.step >= self.total_steps
         self.evaluate_and_save(bar, end_of_epoch=True)
+        if self.on_epoch:
+            self.on_epoch(self.epoch, self.history[-1])
 
     def _groups(self) -> Iterator[list[Batch]]:
         """The epoch's batches in groups of one optimizer step; the last one may be smaller."""
