@@ -4,9 +4,11 @@ Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.n
         transformers train.txt.fs, valid.txt.fs, tokenizer.json, and the pretrained model.
 Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.train.json (results), train.log,
         TensorBoard curves under LOG_DIR; for transformers BERT_OUTPUT_DIR, the fine-tuned model in the hub's layout.
+        With --hp_search_optuna SAVE_PATH.trials/, see search.py.
 
     python train.py --config=configs/config-glove-cnn.json --data_dir=data/snips --embedding_trainable
     python train.py --config=configs/config-bert-cls.json --bert_model_name_or_path=embeddings/all-MiniLM-L6-v2
+    python train.py --config=configs/config-glove-cnn.json --hp_search_optuna --hp_trials=24
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_EPOCHS = {"ids": 64, "fs": 3}  # words, with early stopping; transformers
 
 
-def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The flags and the config."""
+def make_parser() -> Parser:
+    """The flags."""
     parser = Parser(__doc__)
     files = parser.add_argument_group("files")
     add_config_flag(files, "configs/config-glove-cnn.json")
@@ -128,6 +130,26 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                          help="compile the model first (minutes; needs a C++ compiler): pays in long runs")
     machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
 
+    trials = parser.add_argument_group("hyper-parameter search")
+    trials.add_argument("--hp_search_optuna", action="store_true",
+                        help="train many times and print the best command line; several workers share one storage")
+    trials.add_argument("--hp_trials", type=positive_int, default=24, help="of all workers together (default: 24)")
+    trials.add_argument("--hp_space", metavar="FILE.json",
+                        help='flags and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "batch_size": '
+                             "[32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see search.py)")
+    trials.add_argument("--hp_storage", metavar="URL|FILE.journal",
+                        help="a database's URL or a journal file, .log or .journal (default: "
+                             "SAVE_PATH.trials/study.journal)")
+    trials.add_argument("--hp_study", metavar="NAME",
+                        help="the study within the storage (default: by config, data, space and flags)")
+    trials.add_argument("--hp_sampler_seed", type=natural_int,
+                        help="trials are drawn from it and their numbers (default: that of --seed)")
+    return parser
+
+
+def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags and the config."""
+    parser = make_parser()
     args, config = parser.parse_with_config(argv)
     if args.fp16:
         args.mixed_precision = "fp16"
@@ -143,6 +165,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         if args.enable_diffq and args.gradient_checkpointing:
             parser.error("--enable_diffq draws noise for each pass, and --gradient_checkpointing computes some of it "
                          "twice; leave one of them out")
+    args.command = " ".join(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args, config
 
 
@@ -204,7 +227,7 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, va
     if hashlib.sha256(vocabulary).hexdigest() != train.facts["vocab_sha256"]:
         raise InputError(f"{path}: not the vocabulary that {train.path} was encoded with; "
                          "run preprocess.py again.")
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
+    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "command")}
     flags["precision"] = precision
     # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
     facts = {key: value for key, value in train.facts.items() if not key.endswith("_path")}
@@ -221,7 +244,7 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, va
         "versions": versions(),
         "git_revision": git_revision(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": " ".join(["train.py", *sys.argv[1:]]),
+        "command": args.command,
     }
 
 
@@ -233,7 +256,14 @@ def main(argv: list[str] | None = None) -> None:
     from util import setup_logging
 
     setup_logging(args.log_path)
-    run(args, config)
+    if args.hp_search_optuna:
+        from search import search
+
+        parser = make_parser()
+        parser.parse_with_config([f"--config={args.config}"])  # the config's settings as defaults
+        search(args, parser, get_params, run, load_data(args, config))
+    else:
+        run(args, config)
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],

@@ -132,6 +132,10 @@ class WeightAverage:
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
+class Diverged(InputError):
+    """The loss is no number any more."""
+
+
 class Trainer:
     """Trains a classifier on encoded data and keeps the best checkpoint.
 
@@ -332,8 +336,8 @@ class Trainer:
             self.accelerator.backward(loss / examples)
             value = loss.item()
             if not math.isfinite(value):
-                raise InputError(f"the loss is {value} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
-                                 "The best checkpoint so far, if there is one, is untouched.")
+                raise Diverged(f"the loss is {value} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
+                               "The best checkpoint so far, if there is one, is untouched.")
             self.loss_sum += value
         self.loss_count += examples
         if self.args.max_grad_norm:
@@ -373,7 +377,7 @@ class Trainer:
         with self.average.applied() if self.average else contextlib.nullcontext():
             metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
             if not math.isfinite(metrics["loss"]):
-                raise InputError(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
+                raise Diverged(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
             point = {"step": self.step, "epoch": self.epoch, "train_loss": self.loss_sum / max(1, self.loss_count),
                      "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"],
                      "lr": self.optimizer.param_groups[0]["lr"]}
