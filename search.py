@@ -161,7 +161,7 @@ def open_storage(name: str) -> BaseStorage:
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-    from sqlalchemy.exc import OperationalError, SQLAlchemyError
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
     if "://" not in name:
         if not name.endswith((".log", ".journal")):
@@ -171,11 +171,8 @@ def open_storage(name: str) -> BaseStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = JournalFileSymlinkLock(str(path))
         backend = JournalFileBackend(str(path), lock)
-        mend_journal(path, lock)
-        try:
-            return optuna.storages.JournalStorage(backend)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{name}: not a journal of Optuna ({error}).") from None
+        check_journal(path, lock)
+        return optuna.storages.JournalStorage(backend)
 
     def given_up(study: Study, trial: FrozenTrial) -> None:
         logger.warning("[trial %d] no sign of life of its worker for %d s: marked failed", trial.number, GRACE)
@@ -189,7 +186,7 @@ def open_storage(name: str) -> BaseStorage:
                     return optuna.storages.RDBStorage(name, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
                                                       heartbeat_stale_trial_callback=given_up)
             except SQLAlchemyError as error:
-                if attempt == 4 or not isinstance(error, OperationalError):
+                if attempt == 4 or not isinstance(error, DBAPIError):
                     raise
                 time.sleep(PAUSE)  # another worker is making the tables
         raise AssertionError
@@ -198,13 +195,23 @@ def open_storage(name: str) -> BaseStorage:
         raise InputError(f"--hp_storage: {name.split('@')[-1]} cannot be opened ({reason}).") from None  # no password
 
 
-def mend_journal(path: Path, lock: Any) -> None:
-    """Take off a last line that a full disk left unfinished; it would hide all that follows it."""
+def check_journal(path: Path, lock: Any) -> None:
+    """Take off a last line that a full disk left unfinished, which would hide all that follows it.
+
+    Raises:
+        InputError: the file is something else.
+    """
     lock.acquire()
     try:
         with open(path, "rb+") as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
+            try:
+                known = not content or "op_code" in json.loads(content[: content.find(b"\n") + 1])
+            except (ValueError, TypeError):
+                known = False
+            if not known:
+                raise InputError(f"{path}: not a journal of Optuna; name another file.")
             if whole < len(content):
                 logger.warning("[%s ends within a line, which is taken off]", path)
                 file.truncate(whole)
