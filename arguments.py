@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -120,21 +120,31 @@ def load_config(path: str) -> dict[str, Any]:
     Raises:
         InputError: names the file and every problem in it.
     """
+    config = read_json(path)
+    check_config(config, path)
+    if config["emb_class"] == "glove":
+        config.setdefault("tokenizer", "whitespace")
+    return config
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        InputError: names the file, and the line where the JSON breaks off.
+    """
     with open_input(path) as file:
         try:
-            config = json.loads(file.read().decode("utf-8"), object_pairs_hook=_no_repeats)
+            found = json.loads(file.read().decode("utf-8"), object_pairs_hook=_no_repeats)
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: broken UTF-8 at byte {error.start + 1}.") from None
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}).") from None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a usable config ({error}).") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: a config is one JSON object.")
-    check_config(config, path)
-    if config["emb_class"] == "glove":
-        config.setdefault("tokenizer", "whitespace")
-    return config
+            raise InputError(f"{path}: not usable ({error}).") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: one JSON object is expected.")
+    return found
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,6 +228,25 @@ class Parser(argparse.ArgumentParser):
         flags = {action.dest for action in self._actions}
         self.set_defaults(**{key: value for key, value in config.items() if key in TRAINING_KEYS and key in flags})
         return self.parse_args(argv), config
+
+
+def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection[str] = ()) -> list[str]:
+    """The flags by which `parser` comes to `args`, where these differ from its defaults.
+
+    Args:
+        leave_out: names of flags, as `args` has them, that do not matter.
+    """
+    return [word for action in parser._actions if action.dest not in leave_out and hasattr(args, action.dest)
+            for value in [getattr(args, action.dest)] if value != parser.get_default(action.dest)
+            for word in spell(action, value)]
+
+
+def spell(action: argparse.Action, value: Any) -> list[str]:
+    """A flag with a value of it, as one would type them; a switch that is off is no word, or its --no- form."""
+    flags = action.option_strings
+    if isinstance(value, bool):
+        return [flags[0]] if value else list(flags[1:])
+    return [f"{flags[0]}={','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
 def positive_int(text: str) -> int:

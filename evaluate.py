@@ -375,7 +375,7 @@ def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> Non
 
 def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
     """Write augmented.raw.pred."""
-    from dataset import EncodedData
+    from dataset import EncodedData, check_same_data
 
     data = EncodedData(folder / f"augmented.raw.{record['facts']['kind']}")
     check_same_data(data, record, model_file(args))

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add_pruning_flags(parser)
     add_training_flags(parser)
     args, config = parser.parse_with_config(argv)
+    args.command = " ".join(["fastformers.py", *(sys.argv[1:] if argv is None else argv)])
     if one_of(args, "do_distill", "do_prune") is None:
         parser.error("say what to do: --do_distill or --do_prune")
     check_training_flags(parser, args, config)
@@ -157,7 +159,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
 
     make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else new_model
-    run = begin(args, config, "fastformers.py", make_model)
+    run = begin(args, config, make_model)
     device, path = run.accelerator.device, args.teacher_model_path
     teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint["flags"]["data_dir"]], run.train.labels)
     logits = answer(teacher, run.train, args.augmented, args.eval_batch_size, device)
@@ -243,11 +245,10 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from model import load_classifier
     from trainer import Trainer, evaluate
     from transformer import check_output_folder, merged_weights
-    from util import choose_device, load_checkpoint, save_checkpoint, setup_logging, write_json
+    from util import choose_device, load_checkpoint, save_checkpoint, write_json
 
     checkpoint = load_checkpoint(args.model_path)
     check_pruning_flags(args, config, checkpoint)
-    setup_logging(args.log_path)
     device = choose_device(args.device)
     train, valid = load_data(args, config)
     check_same_data(train, checkpoint, args.model_path)
@@ -270,7 +271,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     metrics = evaluate(model, valid, args.eval_batch_size, device)
     figures["pruned"] = measure(model, metrics)
     decoder = {name: value.clone() for name, value in model.decoder.state_dict().items()}
-    run = begin(args, config, "fastformers.py", lambda *_: model.cpu())
+    run = begin(args, config, lambda *_: model.cpu())
     run.model.decoder.load_state_dict(decoder)  # one of Gaussians was fitted anew
     if args.recover_epoch:
         trainer = Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator)
@@ -334,6 +335,10 @@ def measure(model: Any, metrics: dict[str, float]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
+
+    from util import setup_logging
+
+    setup_logging(args.log_path)
     (distill if args.do_distill else prune)(args, config)
 
 

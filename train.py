@@ -4,27 +4,52 @@ Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.n
         transformers train.txt.fs, valid.txt.fs, tokenizer.json, and the pretrained model.
 Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.train.json (results), train.log,
         TensorBoard curves under LOG_DIR; for transformers BERT_OUTPUT_DIR, the fine-tuned model in the hub's layout.
+        With --hp_search_optuna SAVE_PATH.trials/, see search.py.
 
     python train.py --config=configs/config-glove-cnn.json --data_dir=data/snips --embedding_trainable
     python train.py --config=configs/config-bert-cls.json --bert_model_name_or_path=embeddings/all-MiniLM-L6-v2
+    python train.py --config=configs/config-glove-cnn.json --hp_search_optuna --hp_trials=24
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from typing import Any
 
-from arguments import Parser
+from arguments import Parser, natural_int, positive_int
 from text import fail_cleanly
-from training import add_training_flags, begin, check_training_flags, finish
+from training import add_training_flags, begin, check_training_flags, finish, load_data
+
+
+def make_parser() -> Parser:
+    """The flags."""
+    parser = Parser(__doc__)
+    add_training_flags(parser)
+    trials = parser.add_argument_group("hyper-parameter search")
+    trials.add_argument("--hp_search_optuna", action="store_true",
+                        help="train many times and print the best command line; several workers share one storage")
+    trials.add_argument("--hp_trials", type=positive_int, default=24, help="of all workers together (default: 24)")
+    trials.add_argument("--hp_space", metavar="FILE.json",
+                        help='flags and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "batch_size": '
+                             "[32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see search.py)")
+    trials.add_argument("--hp_storage", metavar="URL|FILE.journal",
+                        help="a database's URL or a journal file, .log or .journal (default: "
+                             "SAVE_PATH.trials/study.journal)")
+    trials.add_argument("--hp_study", metavar="NAME",
+                        help="the study within the storage (default: by config, data, space and flags)")
+    trials.add_argument("--hp_sampler_seed", type=natural_int,
+                        help="trials are drawn from it and their numbers (default: that of --seed)")
+    return parser
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags and the config."""
-    parser = Parser(__doc__)
-    add_training_flags(parser)
+    parser = make_parser()
     args, config = parser.parse_with_config(argv)
     check_training_flags(parser, args, config)
+    args.command = " ".join(["train.py", *(sys.argv[1:] if argv is None else argv)])
     return args, config
 
 
@@ -32,11 +57,35 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
-    run = begin(args, config, "train.py")
+
+    from util import setup_logging
+
+    setup_logging(args.log_path)
+    if args.hp_search_optuna:
+        from search import search
+
+        parser = make_parser()
+        parser.parse_with_config([f"--config={args.config}"])  # the config's settings as defaults
+        search(args, parser, get_params, run, load_data(args, config))
+    else:
+        run(args, config)
+
+
+def run(args: argparse.Namespace, config: dict[str, Any],
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
+    """One training, from the flags to the files. Returns the metrics of the best model.
+
+    Args:
+        args, config: as get_params makes them.
+        on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
+            see Trainer.history; an exception of it ends the training.
+    """
+    begun = begin(args, config)
 
     from trainer import Trainer
 
-    finish(run, Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator))
+    trainer = Trainer(begun.model, begun.train, begun.valid, args, begun.record, begun.accelerator, on_epoch)
+    return finish(begun, trainer)["best"]
 
 
 if __name__ == "__main__":

@@ -139,6 +139,10 @@ class WeightAverage:
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
+class Diverged(InputError):
+    """The loss is no number any more."""
+
+
 class Trainer:
     """Trains a classifier on encoded data and keeps the best checkpoint.
 
@@ -148,6 +152,8 @@ class Trainer:
         args: train.py's flags.
         record: what a checkpoint says beside the weights (config, labels, identity, flags ...).
         accelerator: device and precision.
+        on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
+            (the newest of `history`); what it raises ends the training.
     """
 
     # Flags that a resumed run must share.
@@ -156,14 +162,16 @@ class Trainer:
         "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
         "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
         "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
-        "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r", "compile", "enable_qat",
-        "enable_qat_fx", "enable_diffq", "diffq_penalty")
+        "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r", "compile",
+        "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
-                 record: dict[str, Any], accelerator: Accelerator) -> None:
+                 record: dict[str, Any], accelerator: Accelerator,
+                 on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
         self.args = args
         self.record = record
         self.accelerator = accelerator
+        self.on_epoch = on_epoch
         self.train_data = train
         self.valid_data = valid
         self.sampler = BucketSampler(train.lengths, args.batch_size, seed=args.seed)
@@ -320,6 +328,8 @@ class Trainer:
         self.position = 0
         self.finished = self.step >= self.total_steps
         self.evaluate_and_save(bar, end_of_epoch=True)
+        if self.on_epoch:
+            self.on_epoch(self.epoch, self.history[-1])
 
     def _groups(self) -> Iterator[list[Batch]]:
         """The epoch's batches in groups of one optimizer step; the last one may be smaller."""
@@ -341,8 +351,8 @@ class Trainer:
             self.accelerator.backward(loss / examples)
             value = loss.item()
             if not math.isfinite(value):
-                raise InputError(f"the loss is {value} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
-                                 "The best checkpoint so far, if there is one, is untouched.")
+                raise Diverged(f"the loss is {value} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
+                               "The best checkpoint so far, if there is one, is untouched.")
             self.loss_sum += value
         self.loss_count += examples
         if self.args.max_grad_norm:
@@ -386,7 +396,7 @@ class Trainer:
         with self.average.applied() if self.average else contextlib.nullcontext():
             metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
             if not math.isfinite(metrics["loss"]):
-                raise InputError(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
+                raise Diverged(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
             point = {"step": self.step, "epoch": self.epoch, "train_loss": self.loss_sum / max(1, self.loss_count),
                      "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"],
                      "lr": self.optimizer.param_groups[0]["lr"]}

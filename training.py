@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,7 +201,7 @@ def fit_gaussian(model: Any, data: Any) -> None:
 
 
 def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, embedding: Any,
-                precision: str, script: str) -> dict[str, Any]:
+                precision: str) -> dict[str, Any]:
     """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
     from util import git_revision, new_run_id, versions
 
@@ -212,7 +211,7 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, va
     if hashlib.sha256(vocabulary).hexdigest() != train.facts["vocab_sha256"]:
         raise InputError(f"{path}: not the vocabulary that {train.path} was encoded with; "
                          "run preprocess.py again.")
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume",)}
+    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "command")}
     flags["precision"] = precision
     # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
     facts = {key: value for key, value in train.facts.items() if not key.endswith("_path")}
@@ -229,7 +228,7 @@ def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, va
         "versions": versions(),
         "git_revision": git_revision(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": " ".join([script, *sys.argv[1:]]),
+        "command": args.command,
     }
 
 
@@ -255,21 +254,21 @@ def new_model(args: argparse.Namespace, config: dict[str, Any], train: Any) -> A
     return build_model(config, len(train.labels), embedding)
 
 
-def begin(args: argparse.Namespace, config: dict[str, Any], script: str,
+def begin(args: argparse.Namespace, config: dict[str, Any],
           make_model: Callable[[argparse.Namespace, dict[str, Any], Any], Any] = new_model) -> Run:
     """Prepare a run up to its first step.
 
     Args:
-        script: whose command line it is, train.py or fastformers.py.
+        args, config: as a stage's get_params makes them.
         make_model: the classifier to begin with, of the flags, the config and the training data.
     """
     import torch
     from accelerate import Accelerator
 
     from transformer import add_lora, check_output_folder
-    from util import choose_device, choose_precision, load_checkpoint, set_seed, setup_logging
+    from util import choose_device, choose_precision, load_checkpoint, set_seed
 
-    setup_logging(args.log_path)
+    config = dict(config)  # load_data may correct it
     device = choose_device(args.device)
     precision = choose_precision(args.mixed_precision, device)
     train, valid = load_data(args, config)
@@ -277,7 +276,7 @@ def begin(args: argparse.Namespace, config: dict[str, Any], script: str,
         check_output_folder(args.bert_output_dir, args.data_dir)
     set_seed(args.seed)
     model = make_model(args, config, train)
-    record = make_record(args, config, train, valid, model.embedding, precision, script)
+    record = make_record(args, config, train, valid, model.embedding, precision)
     resumed = args.resume and Path(f"{args.save_path}.state").exists()
     if args.resume and not resumed:
         logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)

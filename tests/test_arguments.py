@@ -97,9 +97,9 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b"", ":1: not valid JSON"), (b'{\n"a": 1,\n}', ":3: not valid JSON"), (b"[]", ": a config is one JSON object"),
-    (b'{"a": 1, "a": 2}', ": not a usable config (the key 'a' stands twice)"), (b'{"a": "\xff"}', ": broken UTF-8"),
-    (b"[" * 100_000, ": not a usable config"), (b'{"n_ctx": ' + b"9" * 5000 + b"}", ": not a usable config")])
+    (b"", ":1: not valid JSON"), (b'{\n"a": 1,\n}', ":3: not valid JSON"), (b"[]", ": one JSON object is expected"),
+    (b'{"a": 1, "a": 2}', ": not usable (the key 'a' stands twice)"), (b'{"a": "\xff"}', ": broken UTF-8"),
+    (b"[" * 100_000, ": not usable"), (b'{"n_ctx": ' + b"9" * 5000 + b"}", ": not usable")])
 def test_broken_json(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)

@@ -338,3 +338,19 @@ def test_equals(encoded: Place, measure: str, better: bool) -> None:
 
 def test_state_path(encoded: Place) -> None:
     assert make_trainer(encoded).state_path == Path(f"{encoded.model}.state")
+
+
+def test_on_epoch_hears_of_each_epoch_and_may_end_the_run(encoded: Place) -> None:
+    made = make_trainer(encoded, "--epoch=5", "--eval_and_save_steps=4")  # 6 steps an epoch
+    heard = []
+
+    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
+        heard.append((epoch, metrics["step"], metrics["valid_accuracy"]))
+        if epoch == 3:
+            raise StopIteration
+
+    made.on_epoch = on_epoch
+    with pytest.raises(StopIteration):
+        run(made)
+    assert heard == [(point["epoch"], point["step"], point["valid_accuracy"]) for point in made.history
+                     if point["step"] % 6 == 0] and len(heard) == 3
