@@ -14,6 +14,7 @@ that they want the same tokenizer in both.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -161,7 +162,7 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
     path = data.source.with_name(f"{data.source.name}.teacher")
     made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.facts["source_sha256"],
                  "skip_bad_lines": json.dumps(data.facts["skip_bad_lines"]), "labels": json.dumps(data.labels.names)}
-    if path.exists():
+    with contextlib.suppress(InputError):  # none yet, or damaged
         arrays, metadata = open_arrays(path)
         if metadata == made_from:
             logger.info("[the teacher's answers to %s] are in %s", data.source, path)
