@@ -183,6 +183,21 @@ def test_five_heads_of_twelve_and_again_two(tmp_path: Path, monkeypatch: pytest.
         model = again
 
 
+def test_without_this_toolkit(tmp_path: Path) -> None:
+    """A folder without some feed-forward units is an ordinary one; one without some heads is refused, not misread."""
+    from transformers import AutoModel
+
+    for heads in (HEADS, HEADS - 1):
+        model = load_pretrained(str(make_model("BERT", tmp_path / "model", ["play some jazz"]))).eval()
+        prune(model, random_importance(LAYERS, HEADS, INNER), heads, 20)
+        model.save_pretrained(tmp_path / "pruned")
+        if heads == HEADS:
+            assert torch.equal(answer(AutoModel.from_pretrained(tmp_path / "pruned").eval()), answer(model))
+        else:
+            with pytest.raises(RuntimeError, match="mismatch"):
+                AutoModel.from_pretrained(tmp_path / "pruned")
+
+
 def test_what_there_is_already_stays(bert_once: Case) -> None:
     model = load(bert_once)
     before, config = answer(model), model.embedding.transformer.config.to_dict()
@@ -294,6 +309,12 @@ def test_distillation_takes_a_pruned_folder(pruned: Case) -> None:
     fastformers.main(pruned.train_flags(*common, student, f"--teacher_model_path={pruned.root / 'model.pt'}",
                                         f"--save_path={pruned.root / 'student.pt'}"))
     assert num_heads(load(pruned, "student.pt").embedding.transformer.config) == HEADS - 1
+    # With the head that it had.
+    fastformers.main(pruned.train_flags("--do_distill", "--max_train_steps=1", "--lr=0", student,
+                                        f"--restore_path={pruned.root / 'pruned.pt'}",
+                                        f"--teacher_model_path={pruned.root / 'model.pt'}",
+                                        f"--save_path={pruned.root / 'student.pt'}"))
+    assert torch.equal(answer(load(pruned, "student.pt")), answer(load(pruned, "pruned.pt")))
     fastformers.main(pruned.train_flags(*common, f"--teacher_model_path={pruned.root / 'pruned.pt'}",
                                         "--student_init_layers=0,2", f"--save_path={pruned.root / 'student.pt'}"))
     transformer = load(pruned, "student.pt").embedding.transformer
