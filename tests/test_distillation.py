@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import distillation
+import preprocess
 import train
 from dataset import EncodedData, pad
 from distillation import (
@@ -154,6 +155,18 @@ def test_answers_are_the_teachers_logits_and_are_kept(trained: Place, monkeypatc
     data.source.unlink()
     with pytest.raises(InputError, match="a teacher reads the text"):
         answer(teacher, data, False, 7, device)
+
+
+def test_answers_pass_over_the_lines_that_encoding_skipped(trained: Place) -> None:
+    """Or else each later sentence would have another's answer."""
+    lines = (trained.data / "train.txt").read_text().splitlines()
+    lines[3:3] = ["no label", "a label that is unknown\tnever"]
+    (trained.data / "augmented.raw").write_text("\n".join(lines))
+    flags = ("--augmented", "--skip_bad_lines")
+    preprocess.main(trained.preprocess_flags(*flags))
+    whole, skipped = (EncodedData(trained.data / f"{name}.ids") for name in ("train.txt", "augmented.raw"))
+    found = [answer(load(trained), data, False, 7, torch.device("cpu")) for data in (whole, skipped)]
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 def test_a_teacher_of_nan_is_refused(trained: Place) -> None:
