@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from architectures import LAYERS, make_model
 from conftest import Place
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,11 +26,13 @@ from distillation import (
     Teacher,
     answer,
     attention_loss,
+    keep_inside,
     logit_loss,
     matched_layers,
     state_loss,
 )
 from text import InputError, Labels
+from transformer import TransformerEmbedding, load_pretrained
 from util import load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -218,6 +221,25 @@ def test_word_vectors_have_no_hidden_states(trained: Place) -> None:
     for changes in ({"state_loss_ratio": 1.0}, {"att_loss_ratio": 1.0}):
         with pytest.raises(InputError, match="are for transformers, and this is none"):
             make_trainer(trained, **changes)
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("BART", "bart models do not tell the hidden states of one stack"),
+    ("SqueezeBERT", "squeezebert models do not tell their attentions"), ("ELECTRA", None), ("GPT-2", None)])
+def test_models_that_tell_what_they_compute_inside(name: str, says: str | None, tmp_path: Path) -> None:
+    path = make_model(name, tmp_path / "model", ["play some jazz", "will it rain in tokyo"])
+    embedding = TransformerEmbedding(load_pretrained(str(path)), "first")
+    if says:
+        with pytest.raises(InputError, match=says):
+            keep_inside(embedding, True, "x")
+        return
+    ids, mask = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([[True] * 3, [True, True, False]])
+    before = embedding.eval()(ids, mask)
+    keep_inside(embedding, True, "x")
+    torch.testing.assert_close(embedding(ids, mask), before)  # asked for attentions, it answers the same
+    assert len(embedding.output.hidden_states) == LAYERS + 1 and len(embedding.output.attentions) == LAYERS
+    last = embedding.output.hidden_states[-1].masked_fill(~mask.unsqueeze(-1), 0.0)
+    torch.testing.assert_close(last, before)
 
 
 def test_batches_bring_the_answers_of_their_sentences(trained: Place) -> None:
