@@ -146,7 +146,8 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
     """
     if not data.source.is_file():
         raise InputError(f"{data.source}: no such file; a teacher reads the text that {data.path} was made from.")
-    for example in Lines(data.source, data.facts["skip_bad_lines"], parse_label=LabelParser(data.labels)):
+    skipped = data.facts["skip_bad_lines"]  # lines with an unusable label are among those; else there were none
+    for example in Lines(data.source, skipped, parse_label=LabelParser(data.labels) if skipped else str):
         yield example.sentence
 
 

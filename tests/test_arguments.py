@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
+import fastformers
 import preprocess
 import train
 from arguments import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, TRAINING_KEYS, load_config
 from text import InputError
 
-STAGES = {"preprocess.py": preprocess, "train.py": train, "evaluate.py": evaluate}
+STAGES = {"preprocess.py": preprocess, "train.py": train, "evaluate.py": evaluate, "fastformers.py": fastformers}
 stages = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 
 # --------------------------------------------------------------------------------------------------------- configs
@@ -173,6 +174,15 @@ def test_contract_defaults() -> None:
     args, config = evaluate.get_params([])
     assert (args.model_path, args.batch_size, args.num_examples, args.num_threads) == ("pytorch-model.pt", 1, 0, 0)
     assert config is None
+    args, _ = fastformers.get_params(["--do_distill", f"--config={ROOT / 'configs/config-bert-cls.json'}"])
+    expected = {"teacher_config": None, "teacher_model_path": None, "teacher_bert_model_name_or_path": None,
+                "state_loss_ratio": 0, "state_distill_cs": False, "att_loss_ratio": 0, "logging_steps": 500,
+                "log_evaluate_during_training": False, "mpl_data_path": None, "mpl_warmup_steps": 1000,
+                "mpl_learning_rate": 5e-5, "mpl_weight_decay": 0.1, "target_num_heads": 8, "target_ffn_dim": 2048,
+                "dont_normalize_importance_by_layer": False, "model_path": "pytorch-model.pt",
+                "save_path_pruned": "pytorch-model-pruned.pt", "bert_output_dir_pruned": "bert-checkpoint-pruned",
+                "batch_size": 128, "lr": 2e-4, "save_path": "pytorch-model.pt"}
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 @stages

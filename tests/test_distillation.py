@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from architectures import LAYERS, make_model
 from conftest import Place
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import distillation
+import preprocess
 import train
 from dataset import EncodedData, pad
 from distillation import (
@@ -24,11 +26,13 @@ from distillation import (
     Teacher,
     answer,
     attention_loss,
+    keep_inside,
     logit_loss,
     matched_layers,
     state_loss,
 )
 from text import InputError, Labels
+from transformer import TransformerEmbedding, load_pretrained
 from util import load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -156,6 +160,18 @@ def test_answers_are_the_teachers_logits_and_are_kept(trained: Place, monkeypatc
         answer(teacher, data, False, 7, device)
 
 
+def test_answers_pass_over_the_lines_that_encoding_skipped(trained: Place) -> None:
+    """Or else each later sentence would have another's answer."""
+    lines = (trained.data / "train.txt").read_text().splitlines()
+    lines[3:3] = ["no label", "a label that is unknown\tnever"]
+    (trained.data / "augmented.raw").write_text("\n".join(lines))
+    flags = ("--augmented", "--skip_bad_lines")
+    preprocess.main(trained.preprocess_flags(*flags))
+    whole, skipped = (EncodedData(trained.data / f"{name}.ids") for name in ("train.txt", "augmented.raw"))
+    found = [answer(load(trained), data, False, 7, torch.device("cpu")) for data in (whole, skipped)]
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
 def test_a_teacher_of_nan_is_refused(trained: Place) -> None:
     teacher = load(trained)
     with torch.no_grad():
@@ -205,6 +221,25 @@ def test_word_vectors_have_no_hidden_states(trained: Place) -> None:
     for changes in ({"state_loss_ratio": 1.0}, {"att_loss_ratio": 1.0}):
         with pytest.raises(InputError, match="are for transformers, and this is none"):
             make_trainer(trained, **changes)
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("BART", "bart models do not tell the hidden states of one stack"),
+    ("SqueezeBERT", "squeezebert models do not tell their attentions"), ("ELECTRA", None), ("GPT-2", None)])
+def test_models_that_tell_what_they_compute_inside(name: str, says: str | None, tmp_path: Path) -> None:
+    path = make_model(name, tmp_path / "model", ["play some jazz", "will it rain in tokyo"])
+    embedding = TransformerEmbedding(load_pretrained(str(path)), "first")
+    if says:
+        with pytest.raises(InputError, match=says):
+            keep_inside(embedding, True, "x")
+        return
+    ids, mask = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([[True] * 3, [True, True, False]])
+    before = embedding.eval()(ids, mask)
+    keep_inside(embedding, True, "x")
+    torch.testing.assert_close(embedding(ids, mask), before)  # asked for attentions, it answers the same
+    assert len(embedding.output.hidden_states) == LAYERS + 1 and len(embedding.output.attentions) == LAYERS
+    last = embedding.output.hidden_states[-1].masked_fill(~mask.unsqueeze(-1), 0.0)
+    torch.testing.assert_close(last, before)
 
 
 def test_batches_bring_the_answers_of_their_sentences(trained: Place) -> None:
