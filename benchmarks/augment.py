@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ def measure_augmentation(args: argparse.Namespace, folder: Path) -> dict[str, An
         figures_of.setdefault((n_iter, parallel), []).append(found)
         return found["lines"] / found["augmenting_seconds"]
 
-    sides = {f"n_iter {n_iter}, {'parallel' if parallel else 'one process'}": partial(run, n_iter, parallel)
-             for n_iter in N_ITER for parallel in (False, True)}
+    few, many = N_ITER
+    sides: dict[str, Callable[[], float]] = {
+        f"n_iter {n_iter}, {'parallel' if parallel else 'one process'}": partial(run, n_iter, parallel)
+        for n_iter, parallel in ((few, False), (many, False), (many, True))}
     rates = interleave(sides, sizes.rounds, warm_up=False)
 
     def middle(key: str, n_iter: int, parallel: bool) -> float:
@@ -44,7 +47,6 @@ def measure_augmentation(args: argparse.Namespace, folder: Path) -> dict[str, An
     def rate(n_iter: int, parallel: bool, count: str, seconds: str) -> float:
         return middle(count, n_iter, parallel) / middle(seconds, n_iter, parallel)
 
-    few, many = N_ITER
     made = [rate(many, parallel, "lines", "augmenting_seconds") for parallel in (False, True)]
     tagged = [rate(many, parallel, "sentences", "tagging_seconds") for parallel in (False, True)]
     peaks = [middle("peak_mb", n_iter, False) for n_iter in N_ITER]
