@@ -29,6 +29,14 @@ class SplitReport:
     unknown_words: int = 0
     skipped: int = 0
 
+    def add(self, other: SplitReport) -> None:
+        """Take in the figures of another part of the file."""
+        self.lengths += other.lengths
+        self.labels += other.labels
+        self.truncated += other.truncated
+        self.unknown_words += other.unknown_words
+        self.skipped += other.skipped
+
     @property
     def sentences(self) -> int:
         """How many sentences there are."""
@@ -68,8 +76,15 @@ class SplitReport:
         return said
 
 
-_RECORD = np.dtype([("hash", "<u8"), ("line", "<u8"), ("label", "<i4"), ("split", "<i4")])
+RECORD = np.dtype([("hash", "<u8"), ("line", "<u8"), ("label", "<i4"), ("split", "<i4")])
 _PARTITIONS = 64
+
+
+def record(sentence: str, line: int, label: int) -> tuple[int, int, int, int]:
+    """What Repeats knows a sentence by; case and blanks do not matter. Label -1 where there is none."""
+    words = " ".join(sentence.lower().split())
+    digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little"), line, label, 0
 
 
 class Repeats:
@@ -84,38 +99,28 @@ class Repeats:
         self._files: list[IO[bytes]] = [
             self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_PARTITIONS)
         ]
-        self._pending: list[tuple[int, int, int, int]] = []
         self.names: list[str] = []
 
     def add_split(self, name: str) -> None:
         """Begin with the next file."""
         self.names.append(name)
 
-    def add(self, sentence: str, line: int, label: int) -> None:
-        """Take in a sentence of the current file; case and blanks do not matter. Label -1 where there is none."""
-        words = " ".join(sentence.lower().split())
-        digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        self._pending.append((int.from_bytes(digest, "little"), line, label, len(self.names) - 1))
-        if len(self._pending) >= 1 << 16:
-            self._flush()
-
-    def _flush(self) -> None:
-        records = np.array(self._pending, dtype=_RECORD)
-        self._pending.clear()
+    def add(self, records: np.ndarray) -> None:
+        """Take in sentences of the current file: [N] RECORD, see `record`."""
+        records["split"] = len(self.names) - 1
         partition = records["hash"] % _PARTITIONS
         for number in np.unique(partition):
             self._files[number].write(records[partition == number].tobytes())
 
     def report(self) -> list[str]:
         """The findings, a line each. Ends the object's use."""
-        self._flush()
         shared: Counter[tuple[int, int]] = Counter()
         conflicts: Counter[int] = Counter()
         examples: dict[tuple[str, int, int], str] = {}
         with self._stack:
             for file in self._files:
                 file.seek(0)
-                records = np.frombuffer(file.read(), dtype=_RECORD)
+                records = np.frombuffer(file.read(), dtype=RECORD)
                 self._count(records, shared, conflicts, examples)
         said = []
         for (first, second), count in sorted(shared.items()):

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def label_parser(path: str | os.PathLike[str], labels: Labels, dummy: str | None
     Args:
         dummy: the label of text that has none.
     """
-    return LabelParser(labels, dummy, lambda: column_order(path, labels, asserted, required))
+    return LabelParser(labels, dummy, partial(column_order, path, labels, asserted, required))
 
 
 def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndarray]], np.ndarray], batch_size: int,

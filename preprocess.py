@@ -11,19 +11,22 @@ Writes  DATA_DIR/label.txt; for GloVe train.txt.ids, valid.txt.ids, test.txt.ids
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
-import itertools
+import io
 import json
 import logging
 import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from arguments import (
     Parser,
@@ -36,7 +39,7 @@ from arguments import (
     positive_int,
 )
 from arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
-from corpus import Repeats, SplitReport
+from corpus import RECORD, Repeats, SplitReport, record
 from labelling import label_parser
 from text import (
     VOCABULARY_FILES,
@@ -50,17 +53,16 @@ from text import (
     chunks,
     fail_cleanly,
     looks_like_logits,
-    progress,
     sha256,
     sweep,
     text_encoder,
     word_tokenizer,
 )
+from workers import Workers
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
-FLUSH_NUMBERS = 1 << 20
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -90,6 +92,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                           help="size of the random vectors of words that the file lacks, 1.0 being that of the file's "
                                "vectors; below it, what training hardly reaches hardly matters (default: 1.0)")
     encoding.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+    encoding.add_argument("--num_workers", type=positive_int, default=1,
+                          help="processes; the files are the same whatever their number (default: 1, enough for some "
+                               "million lines)")
     encoding.add_argument("--seed", type=natural_int, default=42,
                           help="for the vectors of words that the file lacks (default: %(default)s)")
     args, config = parser.parse_with_config(argv)
@@ -101,43 +106,85 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 # ------------------------------------------------------------------------------------------------ the training text
 
 
-def count_words(path: Path, split: Callable[[str], list[str]] | None, skip_bad_lines: bool,
-                label_path: Path) -> tuple[Counter[str], Labels]:
+class TrainingLabels:
+    """Collects the labels of train.txt; where the first of them is a teacher's logits, follows label.txt instead.
+
+    Args:
+        path: the text, for messages.
+        label_path: label.txt.
+
+    Attributes:
+        names: the labels as keys, in order of first appearance.
+        follow: the parser of logits, None where labels are collected.
+    """
+
+    def __init__(self, path: Path, label_path: Path) -> None:
+        self.path = path
+        self.label_path = label_path
+        self.names: dict[str, int] = {}
+        self.follow: LabelParser | None = None
+
+    def __call__(self, label: str) -> None:
+        """Take in a label. ValueError: it is of another kind than the file's first one."""
+        logits = looks_like_logits(label)
+        if logits and not self.names and self.follow is None:
+            if not self.label_path.exists():
+                raise InputError(f"{self.path}: the label {label!r} reads as a teacher's logits, and the label map "
+                                 f"that they follow is missing; put the class names into {self.label_path}, one a "
+                                 "line.")
+            self.follow = label_parser(self.path, Labels.read(self.label_path))
+        if self.follow is not None:
+            self.follow(label)
+        elif logits:
+            raise ValueError(f"the label {label!r} reads as a teacher's logits, and the file's first one does not.")
+        else:
+            self.names.setdefault(label, len(self.names))
+
+
+def count_words(path: Path, tokenizer: tuple[str, bool] | None, skip_bad_lines: bool, label_path: Path,
+                workers: Workers) -> tuple[Counter[str], Labels]:
     """Count the words of train.txt and collect its labels in order of first appearance.
 
     Args:
-        split: a sentence into its words; None counts none.
+        tokenizer: see text.word_tokenizer; None counts no words.
         label_path: label.txt, read where train.txt holds a teacher's logits.
     """
     words: Counter[str] = Counter()
     names: dict[str, int] = {}
-    labels: Labels | None = None  # those that logits follow
-    parser: LabelParser | None = None
-
-    def parse(label: str) -> None:
-        nonlocal labels, parser
-        logits = looks_like_logits(label)
-        if logits and not names and parser is None:
-            if not label_path.exists():
-                raise InputError(f"{path}: the label {label!r} reads as a teacher's logits, and the label map that "
-                                 f"they follow is missing; put the class names into {label_path}, one a line.")
-            labels = Labels.read(label_path)
-            parser = label_parser(path, labels)
-        if parser is not None:
-            parser(label)
-        elif logits:
-            raise ValueError(f"the label {label!r} reads as a teacher's logits, and the file's first one does not.")
-        else:
-            names.setdefault(label, len(names))
-
-    for example in progress(path, Lines(path, skip_bad_lines, parse_label=parse)):
-        if split is not None:
-            words.update(split(example.sentence))
-    if labels is not None:
-        return words, labels
+    parser = TrainingLabels(path, label_path)
+    lines = Lines(path, skip_bad_lines, parse_label=parser)
+    next(iter(lines))  # the first usable line decides what labels are
+    for counts, labels in workers.map(partial(count_block, lines, tokenizer), progress(lines)):
+        words.update(counts)
+        for name in labels:
+            names.setdefault(name, len(names))
+    if parser.follow is not None:
+        return words, Labels.read(label_path)
     if len(names) < 2:
         raise InputError(f"{path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
     return words, Labels(tuple(names))
+
+
+def count_block(lines: Lines, tokenizer: tuple[str, bool] | None,
+                block: tuple[int, bytes]) -> tuple[Counter[str], list[str]]:
+    """The words of a part of train.txt, and its labels in order of first appearance."""
+    first, raw = block
+    words: Counter[str] = Counter()
+    split = word_tokenizer(*tokenizer) if tokenizer else None
+    for example in lines.parse(io.BytesIO(raw), first):
+        if split is not None:
+            words.update(split(example.sentence))
+    assert isinstance(lines.parse_label, TrainingLabels)
+    return words, list(lines.parse_label.names)
+
+
+def progress(lines: Lines) -> Iterator[tuple[int, bytes]]:
+    """The blocks of a file, with a bar that knows the file's size."""
+    path = Path(lines.path)
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+        for block in lines.blocks():
+            yield block
+            bar.update(len(block[1]))
 
 
 # -------------------------------------------------------------------------------------------------- the vocabulary
@@ -208,54 +255,86 @@ def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim
 # ------------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_split(path: Path, target: Path, encoder: WordTokenizer | SubwordTokenizer, labels: Labels,
-                 parser: LabelParser, facts: dict[str, Any], skip_bad_lines: bool, repeats: Repeats) -> SplitReport:
+class Part(NamedTuple):
+    """A part of an encoded file.
+
+    Attributes:
+        token_ids: [T] int32, of all sentences one after another.
+        lengths: [N] int64, how many each sentence has.
+        targets: [N] int32 class ids or [N, C] float32 logits.
+        records: [N], see corpus.record.
+        report: the figures.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    records: np.ndarray
+    report: SplitReport
+
+
+def encode_split(path: Path, target: Path, vocabulary: Path, parser: LabelParser, facts: dict[str, Any],
+                 skip_bad_lines: bool, repeats: Repeats, workers: Workers) -> SplitReport:
     """Encode one file to flat arrays; see dataset.py."""
     report = SplitReport(path.name)
     repeats.add_split(path.name)
     lines = Lines(path, skip_bad_lines, parse_label=parser)
-    rest = chunks(progress(path, lines))
-    first = next(rest)
-    target_column: tuple[str, tuple[str, tuple[int, ...]]] = (
-        ("logits", ("f4", (len(labels),))) if parser.logits else ("labels", ("i4", ()))
-    )
-    name = target_column[0]
-    width = len(labels) if parser.logits else 1
-    with ArrayWriter(target, dict([("token_ids", ("i4", ())), ("offsets", ("i8", ())), target_column])) as writer:
-        writer.append("offsets", np.zeros(1, dtype=np.int64))
-        end = 0
-        tokens, ends = array("i"), array("q")
-        targets: list[Any] = []
-
-        def flush() -> None:
-            writer.append("token_ids", np.array(tokens, dtype=np.int32))
-            writer.append("offsets", np.array(ends, dtype=np.int64))
-            writer.append(name, np.array(targets, dtype=target_column[1][0]).reshape(-1, *target_column[1][1]))
-            del tokens[:], ends[:]
-            targets.clear()
-
-        for examples in itertools.chain([first], rest):
-            rows = encoder.encode_batch([example.sentence for example in examples])
-            for example, (row, length) in zip(examples, rows, strict=True):
-                report.lengths[length] += 1
-                report.unknown_words += row.count(encoder.unknown)
-                report.truncated += length > len(row)
-                tokens.extend(row)
-                end += len(row)
-                ends.append(end)
-                targets.append(example.label)
-                label = -1 if parser.logits else example.label
-                if label >= 0:
-                    report.labels[label] += 1
-                repeats.add(example.sentence, example.line, label)
-            if len(tokens) + len(targets) * width >= FLUSH_NUMBERS:
-                flush()
-        flush()
-        report.skipped = lines.skipped
+    next(iter(lines))  # the first usable line decides what labels are
+    name, column = target_column(parser)
+    end = np.zeros(1, dtype=np.int64)
+    with ArrayWriter(target, {"token_ids": ("i4", ()), "offsets": ("i8", ()), name: column}) as writer:
+        writer.append("offsets", end)
+        for part in workers.map(partial(encode_block, lines, vocabulary, json.dumps(facts)), progress(lines)):
+            writer.append("token_ids", part.token_ids)
+            writer.append("offsets", end + np.cumsum(part.lengths))
+            writer.append(name, part.targets)
+            end += part.lengths.sum()
+            repeats.add(part.records)
+            report.add(part.report)
         writer.metadata["format"] = ENCODED_FORMAT
-        writer.metadata["facts"] = json.dumps({**facts, "source_sha256": sha256(path), "skip_bad_lines": skip_bad_lines,
-                                               "sentences": report.sentences, "skipped": report.skipped})
+        recorded = {key: value for key, value in facts.items() if key != "augmented"}
+        writer.metadata["facts"] = json.dumps({**recorded, "source_sha256": sha256(path),
+                                               "skip_bad_lines": skip_bad_lines, "sentences": report.sentences,
+                                               "skipped": report.skipped})
     return report
+
+
+def target_column(parser: LabelParser) -> tuple[str, tuple[str, tuple[int, ...]]]:
+    """The name, dtype and shape of a target: logits or class ids."""
+    return ("logits", ("f4", (len(parser.ids),))) if parser.logits else ("labels", ("i4", ()))
+
+
+def encode_block(lines: Lines, vocabulary: Path, facts: str, block: tuple[int, bytes]) -> Part:
+    """Encode a part of a file."""
+    first, raw = block
+    parser = lines.parse_label
+    assert isinstance(parser, LabelParser)
+    encoder = load_encoder(vocabulary, facts)
+    report = SplitReport(str(lines.path))
+    tokens, lengths, targets, records = array("i"), array("q"), [], []
+    for examples in chunks(lines.parse(io.BytesIO(raw), first)):
+        rows = encoder.encode_batch([example.sentence for example in examples])
+        for example, (row, length) in zip(examples, rows, strict=True):
+            report.lengths[length] += 1
+            report.unknown_words += row.count(encoder.unknown)
+            report.truncated += length > len(row)
+            tokens.extend(row)
+            lengths.append(len(row))
+            targets.append(example.label)
+            label = -1 if parser.logits else example.label
+            if label >= 0:
+                report.labels[label] += 1
+            records.append(record(example.sentence, example.line, label))
+    report.skipped = lines.skipped
+    _, (dtype, shape) = target_column(parser)
+    return Part(np.array(tokens, dtype=np.int32), np.array(lengths, dtype=np.int64),
+                np.array(targets, dtype=dtype).reshape(-1, *shape), np.array(records, dtype=RECORD), report)
+
+
+@functools.lru_cache(maxsize=1)
+def load_encoder(vocabulary: Path, facts: str) -> WordTokenizer | SubwordTokenizer:
+    """The encoder by a file of this run's; each process reads it once."""
+    return text_encoder(vocabulary.read_bytes().decode("utf-8"), json.loads(facts))
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -277,8 +356,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.augmented and not label_path.exists():
         raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
     words = encoded_kind(config) == "ids"
-    split = word_tokenizer(config["tokenizer"], config["lowercase"]) if words else None
-    counts, labels = count_words(folder / SPLITS[0], split, args.skip_bad_lines, label_path)
+    tokenizer = (config["tokenizer"], config["lowercase"]) if words else None
+    with Workers(args.num_workers) as workers:
+        encode(args, config, folder, names, tokenizer, label_path, workers)
+
+
+def encode(args: argparse.Namespace, config: dict[str, Any], folder: Path, names: list[str],
+           tokenizer: tuple[str, bool] | None, label_path: Path, workers: Workers) -> None:
+    """Count, make the vocabulary, encode, report."""
+    counts, labels = count_words(folder / SPLITS[0], tokenizer, args.skip_bad_lines, label_path, workers)
     if args.augmented and labels != Labels.read(label_path):
         raise InputError(f"{label_path}: not the labels of {folder / SPLITS[0]}; run preprocess.py without "
                          "--augmented first.")
@@ -287,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     sweep(folder, ".preprocess-*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
         stage = Path(made)
-        vocabulary, facts = make_vocabulary(args, config, counts, stage) if words else make_tokenizer(args, config)
+        vocabulary, facts = make_vocabulary(args, config, counts, stage) if tokenizer else make_tokenizer(args, config)
         facts = {**facts, "n_ctx": config["n_ctx"], "labels": labels.names,
                  "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest()}
         with atomic_write(stage / VOCABULARY_FILES[facts["kind"]]) as file:
@@ -297,14 +383,13 @@ def main(argv: list[str] | None = None) -> None:
         repeats = Repeats(stage)
         reports = []
         for name in names:
-            augmented = args.augmented and name == args.augmented_filename
-            encoder = text_encoder(vocabulary, {**facts, "augmented": augmented})
             parser, more = label_parser(folder / name, labels), {}
-            if augmented:
+            if args.augmented and name == args.augmented_filename:
                 parser = label_parser(folder / name, labels, args.dummy_label, args.logits_order, required=True)
-                more = {"dummy_label": args.dummy_label}
-            reports.append(encode_split(folder / name, stage / f"{name}.{facts['kind']}", encoder, labels, parser,
-                                        {**facts, **more}, args.skip_bad_lines, repeats))
+                more = {"augmented": True, "dummy_label": args.dummy_label}
+            reports.append(encode_split(
+                folder / name, stage / f"{name}.{facts['kind']}", stage / VOCABULARY_FILES[facts["kind"]], parser,
+                {**facts, **more}, args.skip_bad_lines, repeats, workers))
         for report in reports:
             for line in report.lines(labels.names, config["n_ctx"]):
                 logger.info(line)

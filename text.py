@@ -147,6 +147,9 @@ def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
 # ------------------------------------------------------------------------------------------------------------- TSV
 
 
+BLOCK_BYTES = 1 << 20  # that are worked on at a time, rounded up to whole lines
+
+
 class Example(NamedTuple):
     """One line of a TSV file."""
 
@@ -178,31 +181,47 @@ class Lines:
         self.labelled = labelled
         self.parse_label = parse_label
         self.skipped = 0
-        self.bytes_read = 0  # for progress bars
 
     def __iter__(self) -> Iterator[Example]:
-        self.skipped = 0
-        self.bytes_read = 0
         with contextlib.ExitStack() as stack:
             if str(self.path) == "-":
                 file: IO[bytes] = sys.stdin.buffer
             else:
                 file = stack.enter_context(open_input(self.path))
-            number = 0
-            for number, raw in enumerate(file, 1):
-                self.bytes_read += len(raw)
-                try:
-                    yield self._parse(number, raw)
-                except ValueError as error:
-                    if not self.skip_bad_lines:
-                        raise InputError(
-                            f"{self.path}:{number}: {error} Correct the line, or pass --skip_bad_lines."
-                        ) from None
-                    self.skipped += 1
-            if number == self.skipped:
-                what = "no usable line" if number else "the file is empty"
-                raise InputError(f"{self.path}: {what}; one example a line is expected, sentence TAB label."
-                                 if self.labelled else f"{self.path}: {what}; one sentence a line is expected.")
+            usable = False
+            for example in self.parse(file):
+                usable = True
+                yield example
+            if not usable:
+                raise self.no_line()
+
+    def blocks(self) -> Iterator[tuple[int, bytes]]:
+        """The file in blocks of whole lines, each with the number of its first line."""
+        first = 1
+        with open_input(self.path) as file:
+            while block := file.read(BLOCK_BYTES):
+                block += file.readline()
+                yield first, block
+                first += block.count(b"\n")
+
+    def parse(self, lines: Iterable[bytes], first: int = 1) -> Iterator[Example]:
+        """The examples of raw lines, of which the first has the number `first`; see `blocks`."""
+        self.skipped = 0
+        for number, raw in enumerate(lines, first):
+            try:
+                yield self._parse(number, raw)
+            except ValueError as error:
+                if not self.skip_bad_lines:
+                    raise InputError(
+                        f"{self.path}:{number}: {error} Correct the line, or pass --skip_bad_lines."
+                    ) from None
+                self.skipped += 1
+
+    def no_line(self) -> InputError:
+        """That no line is an example."""
+        what = "no usable line" if self.skipped else "the file is empty"
+        return InputError(f"{self.path}: {what}; one example a line is expected, sentence TAB label."
+                          if self.labelled else f"{self.path}: {what}; one sentence a line is expected.")
 
     def _parse(self, number: int, raw: bytes) -> Example:
         if number == 1:

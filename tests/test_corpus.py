@@ -7,12 +7,13 @@ from collections import Counter
 from itertools import combinations_with_replacement
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
-from corpus import Repeats, SplitReport
+from corpus import RECORD, Repeats, SplitReport, record
 
 labelled = st.tuples(st.sampled_from(["a", "b", "a b", "ab", "c d e"]), st.integers(-1, 2))
 splits = st.lists(st.lists(labelled, max_size=12), min_size=1, max_size=3)
@@ -46,8 +47,9 @@ def test_repeats_against_a_naive_count(folder: Path, data: list[list[tuple[str, 
     names = [f"split{number}" for number in range(len(data))]
     for name, lines in zip(names, data, strict=True):
         repeats.add_split(name)
-        for number, (sentence, label) in enumerate(lines, 1):
-            repeats.add(sentence, number, label)
+        records = [record(sentence, number, label) for number, (sentence, label) in enumerate(lines, 1)]
+        for start in range(0, len(records), 5):
+            repeats.add(np.array(records[start : start + 5], dtype=RECORD))
     shared: dict[tuple[int, int], int] = {}
     conflicts: dict[int, int] = {}
     for line in repeats.report():
@@ -70,8 +72,9 @@ def test_repeats_write_to_disk_in_parts(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(corpus, "_PARTITIONS", 2)
     repeats = Repeats(tmp_path)
     repeats.add_split("one")
-    for number in range(70_000):
-        repeats.add(str(number % 69_000), number + 1, 0)
+    records = np.array([record(str(number % 69_000), number + 1, 0) for number in range(70_000)], dtype=RECORD)
+    for part in np.array_split(records, 3):
+        repeats.add(part)
     (line,) = repeats.report()
     assert line.startswith("[one] 1000 sentences repeat an earlier one (such as one:")
     assert not list(tmp_path.iterdir())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from architectures import make_model
 from conftest import Place
 from helpers import (
     COVERED,
@@ -23,6 +26,7 @@ from helpers import (
     make_lines,
     refusal,
     restore,
+    script,
     snapshot,
     write_config,
     write_lines,
@@ -32,9 +36,11 @@ from hypothesis import strategies as st
 from test_text import naive
 
 import preprocess
+import text
 from dataset import EncodedData
 from preprocess import build_vocabulary
 from text import Labels, WordTokenizer, looks_like_logits
+from workers import Workers
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
 MADE = {"train.txt.ids", "valid.txt.ids", "test.txt.ids", "vocab.txt", "label.txt", "embedding.npy"}
@@ -262,6 +268,84 @@ def test_skipped_lines_of_train(raw: Place, caplog: pytest.LogCaptureFixture) ->
     check_decoded(raw.data, "train.txt", make_lines(46, 0))
     assert "[train.txt] 2 bad lines were skipped" in caplog.text
     assert "hapax" not in (raw.data / "vocab.txt").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, Workers]]:
+    """Processes that last over many runs."""
+    with Workers(2) as two, Workers(3) as three:
+        yield {2: two, 3: three}
+
+
+def outcome(place: Place, workers: Workers | None, block: int, *flags: str) -> tuple[str | None, dict[str, Any], str]:
+    """What preprocess.py says and writes with these workers and blocks of so many bytes."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    before = snapshot(place.data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", block)
+        if workers:
+            patch.setattr(preprocess, "Workers", lambda number: contextlib.nullcontext(workers))
+        preprocess.logger.addHandler(handler)
+        try:
+            answered = answer(preprocess.main, *place.preprocess_flags(*flags))
+            return answered, snapshot(place.data), said.getvalue()
+        finally:
+            preprocess.logger.removeHandler(handler)
+            restore(place.data, before)
+
+
+@settings(max_examples=40)
+@given(name=st.sampled_from(SPLITS), lines=st.lists(some_lines, max_size=6).map(lambda parts: sum(parts, [])),
+       place=st.integers(0, 46), skip=st.booleans(), block=st.integers(1, 600), number=st.sampled_from([1, 2, 3]))
+def test_same_bytes_whatever_the_number_of_processes(arena: Place, pools: dict[int, Workers], name: str,
+                                                     lines: list[bytes], place: int, skip: bool, block: int,
+                                                     number: int) -> None:
+    before = snapshot(arena.data)
+    try:
+        good = (arena.data / name).read_bytes().splitlines()
+        (arena.data / name).write_bytes(b"\n".join([*good[:place], *lines, *good[place:]]))
+        flags = ["--skip_bad_lines"] * skip
+        assert outcome(arena, pools.get(number), block, *flags) == outcome(arena, None, 1 << 20, *flags)
+    finally:
+        restore(arena.data, before)
+
+
+@settings(max_examples=10)
+@given(block=st.integers(1, 400), skip=st.booleans(), wrong=st.integers(0, 12))
+def test_same_bytes_of_logits(arena: Place, pools: dict[int, Workers], block: int, skip: bool, wrong: int) -> None:
+    before = snapshot(arena.data)
+    try:
+        lines = logit_lines(12)
+        lines[wrong:wrong] = [("wrong", "1 2 3")]
+        write_lines(arena.data / "train.txt", lines)
+        flags = ["--skip_bad_lines"] * skip
+        assert outcome(arena, pools[2], block, *flags) == outcome(arena, None, 1 << 20, *flags)
+    finally:
+        restore(arena.data, before)
+
+
+def test_same_bytes_of_a_transformer(raw: Place, tmp_path: Path, pools: dict[int, Workers]) -> None:
+    folder = make_model("BERT", tmp_path / "tiny", [sentence for sentence, _ in make_lines(40, 0)])
+    raw.config.write_text(json.dumps({"emb_class": "bert", "enc_class": "cls", "n_ctx": 9, "dropout": 0.1}))
+    shutil.copy(raw.data / "train.txt", raw.data / "augmented.raw")
+    for flags in ([], ["--augmented"]):
+        if flags:
+            preprocess.main(raw.preprocess_flags(f"--bert_model_name_or_path={folder}"))
+        flags.append(f"--bert_model_name_or_path={folder}")
+        alone = outcome(raw, None, 1 << 20, *flags)
+        assert alone[0] is None and "train.txt.fs" in alone[1]
+        assert outcome(raw, pools[2], 100, *flags) == alone
+
+
+def test_num_workers(raw: Place) -> None:
+    alone = outcome(raw, None, 1 << 20)
+    done = script("preprocess.py", *raw.preprocess_flags("--num_workers=2"))
+    assert done.communicate()[1] and done.returncode == 0
+    assert snapshot(raw.data) == alone[1]
 
 
 damaged_configs = st.tuples(st.sampled_from(ENCODERS), st.integers(0, 400), st.integers(0, 3),
