@@ -16,17 +16,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
 import random
-import signal
 import tempfile
 import time
 from bisect import bisect_right
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -39,6 +35,7 @@ from arguments import Parser, natural_int, number, positive_int
 from labelling import find_record, write_record
 from tagging import ANALYZERS, default_analyzer, make_analyzer
 from text import MASK, Example, InputError, Lines, atomic_write, chunks, fail_cleanly, progress, sha256
+from workers import spread
 
 logger = logging.getLogger(__name__)
 
@@ -213,44 +210,6 @@ class Augmenter:
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_work: Callable[[Any], Any]  # of a worker process
-
-
-def _begin(make: Callable[[], Callable[[Any], Any]]) -> None:
-    global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says that it was interrupted
-    _work = make()
-
-
-def _do(chunk: Any) -> Any:
-    return _work(chunk)
-
-
-def spread(make: Callable[[], Callable[[Any], Any]], pieces: Iterable[Any], workers: int) -> Iterator[Any]:
-    """What the function that `make` makes returns for each piece, in order, by so many processes.
-
-    Few pieces are on their way at a time, so that memory does not grow with their number.
-    """
-    if workers == 1:
-        yield from map(make(), pieces)
-        return
-    waiting: deque[Future[Any]] = deque()
-    # A new interpreter for each: a copy of this process could hold locks of threads that it does not have.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (make,)) as pool:
-        try:
-            for piece in pieces:
-                waiting.append(pool.submit(_do, piece))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise InputError("a worker process ended before its time, perhaps for want of memory; take fewer of them "
-                             "with --num_workers.") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- main

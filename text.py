@@ -181,6 +181,7 @@ class Lines:
         self.labelled = labelled
         self.parse_label = parse_label
         self.skipped = 0
+        self.bytes_read = 0
 
     def __iter__(self) -> Iterator[Example]:
         with contextlib.ExitStack() as stack:
@@ -206,8 +207,9 @@ class Lines:
 
     def parse(self, lines: Iterable[bytes], first: int = 1) -> Iterator[Example]:
         """The examples of raw lines, of which the first has the number `first`; see `blocks`."""
-        self.skipped = 0
+        self.skipped = self.bytes_read = 0
         for number, raw in enumerate(lines, first):
+            self.bytes_read += len(raw)
             try:
                 yield self._parse(number, raw)
             except ValueError as error:

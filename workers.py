@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from text import InputError
 
@@ -27,12 +27,14 @@ class Workers:
 
     Args:
         number: of processes; 1 works in this one.
+        make: see spread.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, make: Callable[[], Callable[[Any], Any]] | None = None) -> None:
         self.number = number
         # Processes that start anew, not copies of this one: copying one whose libraries have threads can hang.
-        self._pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin) if number > 1 else None
+        self._pool = (ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin, (make,))
+                      if number > 1 else None)
 
     def __enter__(self) -> Workers:
         return self
@@ -64,11 +66,30 @@ class Workers:
                              "take fewer.") from None
 
 
-def _begin() -> None:
+def spread(make: Callable[[], Callable[[Piece], Result]], pieces: Iterable[Piece], number: int) -> Iterator[Result]:
+    """What the function that `make` makes once in each process returns for each piece, in order."""
+    if number == 1:
+        yield from map(make(), pieces)
+        return
+    with Workers(number, make) as workers:
+        yield from workers.map(_work_on, pieces)
+
+
+_work: Callable[[Any], Any]  # of this process
+
+
+def _work_on(piece: Any) -> Any:
+    return _work(piece)
+
+
+def _begin(make: Callable[[], Callable[[Any], Any]] | None) -> None:
     """What a process does first."""
+    global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if make:
+        _work = make()
 
 
 def _end_with_parent() -> None:
