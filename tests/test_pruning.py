@@ -256,7 +256,7 @@ def test_what_pruning_leaves(pruned_once: Case) -> None:
         ).st_size / 1e6
     assert (root / "pruned/model.safetensors").stat().st_size < (root / "out/model.safetensors").stat().st_size
     assert before["accuracy"] == pruned_once.results("train")["best"]["valid_accuracy"]
-    assert np.shape(figures["importance"]["heads"]) == (LAYERS, HEADS)
+    assert np.shape(figures["importance_of_heads"]) == (LAYERS, HEADS)
     assert (root / "pruned.pt.importance.png").read_bytes().startswith(b"\x89PNG")
     # What a test of importance says is what was done: of the trained model, the same heads and units.
     data, expected = EncodedData(root / "data/valid.txt.fs"), load(pruned_once)
