@@ -291,8 +291,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     pruning.draw_importance(importance, args.target_num_heads, args.target_ffn_dim, f"{args.save_path}.importance.png")
     keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
     write_json({**{key: run.record[key] for key in keys}, "pruned_run_id": checkpoint["run_id"], **figures,
-                "importance": {name: scores.tolist() for name, scores in importance._asdict().items()}},
-               f"{args.save_path}.prune.json")
+                "importance_of_heads": importance.heads.tolist()}, f"{args.save_path}.prune.json")
 
 
 def check_pruning_flags(args: argparse.Namespace, config: dict[str, Any], checkpoint: dict[str, Any]) -> None:
