@@ -1,8 +1,8 @@
 """Measure the toolkit: speed, memory and accuracy, as tables and a picture.
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
-Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png,
-        accuracy.json and .png; Markdown tables on standard output.
+Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png, scale.json,
+        zero.json, accuracy.json and .png; Markdown tables on standard output.
 
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
@@ -19,7 +19,6 @@ import contextlib
 import json
 import logging
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -32,12 +31,13 @@ from typing import Any
 from tqdm import tqdm
 
 from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int, positive_int
-from benchmarks.accuracy import CONFIGS, ROOT, SPLITS, Plan, encode, measure_accuracy, newest_rows, run_stage
+from benchmarks.accuracy import CONFIGS, Plan, encode, measure_accuracy, newest_rows, run_stage
 from benchmarks.augment import measure_augmentation
 from benchmarks.finetune import measure_finetuning
 from benchmarks.inference import AIMS, measure_inference
-from benchmarks.measure import SMALL, Sizes, figure, interleave, launch, training_rate
+from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
 from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
+from benchmarks.scale import measure_memory, measure_scale
 from text import InputError, fail_cleanly
 
 
@@ -54,7 +54,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
-    add_bert_flag(parser.add_argument_group("finetune, and accuracy of minilm-*"), "embeddings/all-MiniLM-L6-v2")
+    add_bert_flag(parser.add_argument_group("finetune, scale, and accuracy of minilm-*"), "embeddings/all-MiniLM-L6-v2")
     inference = parser.add_argument_group("inference")
     inference.add_argument("--inference_models", nargs="+", default=list(AIMS), choices=list(AIMS), metavar="MODEL",
                            help=f"(default: {' '.join(AIMS)})")
@@ -146,19 +146,6 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "sentences_a_second": {**rates, f"table of {large}": tables["large"], f"table of {small}": tables["small"]}}
 
 
-def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
-    """The data set and the vectors to measure with, and what stands in the place of what is not here."""
-    source, vectors = Path(args.data_dir), args.embedding_path
-    notes = []
-    if not (source / SPLITS[0]).is_file():
-        notes.append(f"{source.name} is not here: measured on data/sample")
-        source = ROOT / "data/sample"
-    if vectors != "none" and not Path(vectors).is_file():
-        notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
-        vectors = "none"
-    return source, vectors, notes
-
-
 # ---------------------------------------------------------------------------------------------------------- vectors
 
 
@@ -227,59 +214,9 @@ def reading_seconds(path: str, by_numpy: bool) -> float:
     return time.perf_counter() - start
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
-
-
-def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """preprocess.py on a corpus and on a larger one of the same vocabulary: peak memory and lines a second."""
-    peaks, rates = [], []
-    for lines in args.sizes.lines:
-        data = folder / str(lines)
-        data.mkdir()
-        for name, count in zip(SPLITS, (lines, 1000, 1000), strict=True):
-            generate_corpus(data / name, count, args.sizes.vocabulary)
-        seconds, peak, _ = launch(str(ROOT / "preprocess.py"), f"--config={args.config}", f"--data_dir={data}",
-                                  "--embedding_path=none")
-        peaks.append(peak)
-        rates.append(lines / seconds)
-        shutil.rmtree(data)
-    small, large = args.sizes.lines
-    return {
-        "notes": [f"generated corpora, {args.sizes.vocabulary:,} words by Zipf's law, --embedding_path none"],
-        "figures": [
-            figure(f"preprocess.py, peak memory, {large:,} : {small:,} lines", peaks[1] / peaks[0], "<= 1.1",
-                   f"{peaks[1]:,.0f} : {peaks[0]:,.0f} MB"),
-            figure(f"preprocess.py, lines a second, {large:,} : {small:,} lines", rates[1] / rates[0], "",
-                   f"{rates[1]:,.0f} : {rates[0]:,.0f}"),
-        ],
-        "lines": args.sizes.lines, "peak_mb": peaks, "lines_a_second": rates,
-    }
-
-
-def generate_corpus(path: Path, lines: int, vocabulary: int) -> None:
-    """Write sentences of 3 to 15 words by Zipf's law; the label follows from the first word."""
-    import numpy as np
-
-    random = np.random.default_rng(lines)
-    words = [f"word{number}" for number in range(vocabulary)]
-    weights = 1 / np.arange(1, vocabulary + 1)
-    steps = np.cumsum(weights / weights.sum())
-    with (open(path, "w", encoding="utf-8") as file,
-          tqdm(total=lines, desc=f"making {path.name}", unit="line", unit_scale=True, disable=None) as bar):
-        for start in range(0, lines, 100_000):
-            lengths = random.integers(3, 16, min(100_000, lines - start)).tolist()
-            ids = np.minimum(np.searchsorted(steps, random.random(sum(lengths))), vocabulary - 1).tolist()
-            end = 0
-            for length in lengths:
-                row = ids[end : end + length]
-                end += length
-                file.write(f"{' '.join([words[i] for i in row])}\tlabel{row[0] % 7}\n")
-            bar.update(len(lengths))
-
-
 MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
-    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory,
-    "augment": measure_augmentation, "finetune": measure_finetuning, "inference": measure_inference,
+    "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "augment": measure_augmentation,
+    "finetune": measure_finetuning, "inference": measure_inference, "scale": measure_scale,
 }
 VERBS = (*MEASURES, "accuracy", "table")
 

@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT = 30  # seconds between signs of life of a running trial, on a database
 GRACE = 120  # seconds without one, after which its worker is taken for dead
 PAUSE = 1.0  # seconds between looks at what other workers do
-# Flags that say where and on what to train, not how.
-NOT_SEARCHED = ("options", "files", "machine", "hyper-parameter search")
+# Groups of flags that say how to train, not where and on what.
+SEARCHED = ("course of the training", "optimizer", "loss and regularization", "transformers")
 
 
 # ------------------------------------------------------------------------------------------------------------ space
@@ -75,7 +75,7 @@ def check_space(space: Any, source: str, parser: Parser) -> dict[str, Any]:
     Raises:
         InputError: names the file, the key and what is wrong there.
     """
-    actions = {action.dest: action for group in parser._action_groups if group.title not in NOT_SEARCHED
+    actions = {action.dest: action for group in parser._action_groups if group.title in SEARCHED
                for action in group._group_actions}
     if not space:
         raise InputError(f"{source}: names no flag to search.")

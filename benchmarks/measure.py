@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import ROOT
+from benchmarks.accuracy import ROOT, SPLITS
 from benchmarks.report import GLOVE_WORDS
 from text import InputError
 
@@ -32,6 +32,9 @@ class Sizes:
     words: int = GLOVE_WORDS
     dimension: int = 300
     lines: tuple[int, int] = (1_000_000, 5_000_000)
+    more_lines: tuple[int, int] = (1_000_000, 10_000_000)
+    subword_lines: int = 200_000
+    epochs: int = 2
     vocabulary: int = 20_000
     train_flags: str = ""  # for the models of the accuracy table
     settings: int = 1000  # at most, that a baseline tries
@@ -39,8 +42,21 @@ class Sizes:
 
 
 SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
-              lines=(300, 1500), vocabulary=100, train_flags="--epoch=1 --max_train_steps=3", settings=2,
-              sentences=12)
+              lines=(300, 1500), more_lines=(300, 900), subword_lines=200, epochs=1, vocabulary=100,
+              train_flags="--epoch=1 --max_train_steps=3", settings=2, sentences=12)
+
+
+def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
+    """The data set and the vectors to measure with, and what stands in the place of what is not here."""
+    source, vectors = Path(args.data_dir), args.embedding_path
+    notes = []
+    if not (source / SPLITS[0]).is_file():
+        notes.append(f"{source.name} is not here: measured on data/sample")
+        source = ROOT / "data/sample"
+    if vectors != "none" and not Path(vectors).is_file():
+        notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
+        vectors = "none"
+    return source, vectors, notes
 
 
 # A process's peak memory counts that of the process which started it, here perhaps one that holds torch and a model.
@@ -55,10 +71,18 @@ sys.exit(done.returncode)
 """
 
 
-def launch(*command: str) -> tuple[float, float, str]:
-    """Run Python with `command`. Returns its seconds, its peak resident memory in MB, and its standard output."""
+def launch(*command: str, threads: int | None = None) -> tuple[float, float, str]:
+    """Run Python with `command`.
+
+    Args:
+        threads: of each process it is; None: the library's choice.
+
+    Returns:
+        Its seconds, its peak resident memory in MB (of the largest process), and its standard output.
+    """
+    chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **chosen})
     if done.returncode:
         raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
     result = json.loads(done.stdout)

@@ -15,7 +15,7 @@ from conftest import Place
 from helpers import ROOT, refusal, write_config
 
 import benchmark
-from benchmarks import accuracy, measure, report
+from benchmarks import accuracy, measure, report, scale
 
 
 def result(name: str) -> dict[str, Any]:
@@ -118,10 +118,10 @@ def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]
 
 def test_speed_without_its_data_set_uses_the_sample(raw: Place) -> None:
     args = benchmark.get_params(["--data_dir=data/nowhere", "--embedding_path=nothing.txt"])
-    assert benchmark.available(args) == (ROOT / "data/sample", "none", [
+    assert measure.available(args) == (ROOT / "data/sample", "none", [
         "nowhere is not here: measured on data/sample", "nothing.txt is not here: no pretrained vectors"])
     args = benchmark.get_params([f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}"])
-    assert benchmark.available(args) == (raw.data, str(raw.vectors), [])
+    assert measure.available(args) == (raw.data, str(raw.vectors), [])
 
 
 def test_vectors_and_memory(raw: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,12 +133,38 @@ def test_vectors_and_memory(raw: Place, capsys: pytest.CaptureFixture[str]) -> N
     assert all(10 < peak < 1000 for peak in memory["peak_mb"])
 
 
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.matrix)])
+def test_scale(raw: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, real: bool) -> None:
+    commands = []
+
+    def launched(*command: str, threads: int | None = None) -> tuple[float, float, str]:
+        commands.append((command, threads))
+        if real:
+            return measure.launch(*command, threads=threads)
+        for word in command:
+            if word.startswith("--log_path="):
+                Path(word.removeprefix("--log_path=")).write_text("[trained 3 steps in 0.5 s]\n")
+        return 2.0, 50.0, ""
+
+    monkeypatch.setattr(scale, "launch", launched)
+    folder = make_model("BERT", Path("tiny"), ["play some jazz", "will it rain in tokyo"])
+    run("scale", f"--config={raw.config}", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}",
+        f"--bert_model_name_or_path={folder}")
+    found = check_figures("scale", capsys.readouterr().out, 5)
+    assert found["lines"] == [300, 900] and set(found["preprocess_lines_a_second"]) == {"word vectors", "transformer"}
+    (torchrun,) = [(command, threads) for command, threads in commands if "torch.distributed.run" in command]
+    assert torchrun[1] == 1 and {"--nproc_per_node=2", "--batch_size=64"} < set(torchrun[0])
+    if not real:
+        assert found["preprocess_lines_a_second"]["transformer"] == {"1": [100.0], "2": [100.0]}
+        assert found["train_sentences_a_second"] == {"1 process of 2 threads": [92.0], "2 processes of 1 thread": [92.0]}
+
+
 def test_generated_vectors_and_corpora_are_what_they_say(tmp_path: Path) -> None:
     from vectors import read_vectors
 
     benchmark.generate_vectors(tmp_path / "v.txt", 50, 6)
     assert read_vectors(tmp_path / "v.txt", cache=False).table.shape == (50, 6)
-    benchmark.generate_corpus(tmp_path / "c.txt", 400, 30)
+    scale.generate_corpus(tmp_path / "c.txt", 400, 30)
     examples = list(accuracy.Lines(tmp_path / "c.txt"))
     assert len(examples) == 400
     assert {word for example in examples for word in example.sentence.split()} <= {f"word{n}" for n in range(30)}
