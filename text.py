@@ -124,6 +124,17 @@ def keep_previous(path: Path) -> Path:
             return aside
 
 
+def second_name(path: Path, name: Path) -> None:
+    """Give the file at `path` a second name, in the place of a file that may be there."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 checksum of a file's content, in hexadecimal."""
     with open_input(path) as file:

@@ -54,6 +54,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     files.add_argument("--save_path", default="pytorch-model.pt", help="(default: %(default)s)")
     files.add_argument("--restore_path", help="begin with this checkpoint's weights")
     files.add_argument("--resume", action="store_true", help="go on with the run that SAVE_PATH.state holds")
+    files.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="N",
+                       help="keep the N models before the best one, as SAVE_PATH.1 (the newest) to SAVE_PATH.N "
+                            "(default: 0)")
     files.add_argument("--log_dir", default="runs", help="TensorBoard files (default: %(default)s)")
     files.add_argument("--log_path", default="train.log", help="the training log (default: %(default)s)")
 
@@ -127,6 +130,16 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     machine.add_argument("--compile", action="store_true",
                          help="compile the model first (minutes; needs a C++ compiler): pays in long runs")
     machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
+
+    processes = parser.add_argument_group(
+        "several processes: the same command line after torchrun --nproc_per_node 2 or accelerate launch; --batch_size "
+        "is of each process")
+    processes.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3),
+                           help="DeepSpeed shares out among processes the optimizer's state (1), gradients too (2), "
+                                "weights too (3); 0: no DeepSpeed (default: as accelerate launch says, else 0)")
+    processes.add_argument("--offload_optimizer", choices=("cpu", "none"),
+                           help="DeepSpeed keeps the optimizer's state in the machine's memory (default: none)")
+    processes.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
 
     args, config = parser.parse_with_config(argv)
     if args.fp16:
@@ -230,10 +243,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
 
+    from distributed import end_processes
     from util import setup_logging
 
     setup_logging(args.log_path)
     run(args, config)
+    end_processes()
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],
@@ -245,11 +260,9 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
             see Trainer.history; an exception of it ends the training.
     """
-    import torch
-    from accelerate import Accelerator
-
+    from distributed import ending_together, make_accelerator
     from model import EMBEDDINGS, build_model
-    from trainer import Trainer
+    from trainer import Trainer, find_state
     from transformer import TransformerEmbedding, add_lora, check_output_folder
     from util import choose_device, choose_precision, load_checkpoint, set_seed, write_json
 
@@ -259,38 +272,39 @@ def run(args: argparse.Namespace, config: dict[str, Any],
     train, valid = load_data(args, config)
     if train.facts["kind"] == "fs":
         check_output_folder(args.bert_output_dir, args.data_dir)
+    accelerator = make_accelerator(args, device, precision)
     set_seed(args.seed)
     embedding = EMBEDDINGS[train.facts["kind"]].for_training(train, args)
     record = make_record(args, config, train, valid, embedding, precision)
     model = build_model(config, len(train.labels), embedding)
-    resumed = args.resume and Path(f"{args.save_path}.state").exists()
-    if args.resume and not resumed:
+    state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
+    if args.resume and not state:
         logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
-    if args.restore_path and not resumed:
+    if args.restore_path and not state:
         restore(model, load_checkpoint(args.restore_path), record, args.restore_path)
-    elif config["enc_class"] == "gnb" and not resumed:
+    elif config["enc_class"] == "gnb" and not state:
         fit_gaussian(model, train)
     if args.lora_r:
         add_lora(embedding.transformer, args.lora_r)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    trainer = Trainer(model, train, valid, args, record, accelerator, on_epoch)
-    if resumed:
-        trainer.load_state()
-    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
-                accelerator.device, precision, len(train), trainer.total_steps)
-    try:
-        best = trainer.fit()
-        logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
-                    best["valid_loss"], best["valid_accuracy"], args.save_path)
-        keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
-        results = {key: record[key] for key in keys}
-        write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
-        return best
-    finally:  # an interrupted run leaves a whole pair, too
-        if isinstance(embedding, TransformerEmbedding) and trainer.best:
-            publish(args, record["identity"])
+    advice = f"--resume goes on from {args.save_path}.state."
+    with ending_together(accelerator, advice):
+        trainer = Trainer(model, train, valid, args, record, accelerator, on_epoch, state)
+        logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", record["run_id"], args.config,
+                    accelerator.device, precision, len(train), trainer.total_steps,
+                    f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
+        try:
+            best = trainer.fit()
+            if accelerator.is_main_process:
+                logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
+                            best["valid_loss"], best["valid_accuracy"], args.save_path)
+                keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
+                results = {key: record[key] for key in keys}
+                write_json({**results, "best": best, "history": trainer.history}, f"{args.save_path}.train.json")
+        finally:  # an interrupted run leaves a whole pair, too
+            if isinstance(embedding, TransformerEmbedding) and trainer.best and accelerator.is_main_process:
+                publish(args, record["identity"])
+        accelerator.wait_for_everyone()
+    return best
 
 
 def publish(args: argparse.Namespace, identity: str) -> None:
