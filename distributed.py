@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,10 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
             raise InputError(f"accelerate is configured for {name}, which train.py does not use; run accelerate config "
                              "again, or share out the model with --zero_stage=3.")
     plugin = _deepspeed_plugin(args, precision)
-    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)]
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if plugin:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
         _start_deepspeed(args, device)
     if "LOCAL_RANK" in os.environ and device.type == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -66,8 +69,14 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
     # Accumulation is the Trainer's own business; without a plugin, a launcher's number would divide the loss once more.
     accumulation = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps if plugin else 1)
     # Told that it is on the CPU, accelerate leaves DeepSpeed out.
-    return Accelerator(cpu=device.type == "cpu" and not plugin, mixed_precision="no" if plugin else precision,
-                       deepspeed_plugin=plugin, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=device.type == "cpu" and not plugin, mixed_precision="no" if plugin else precision,
+                              deepspeed_plugin=plugin, gradient_accumulation_plugin=accumulation,
+                              kwargs_handlers=handlers)
+    if plugin:  # or else transformers loads the model in shards, before it has been looked at
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+    return accelerator
 
 
 def _launcher_says(name: str) -> bool:
@@ -127,7 +136,9 @@ def _start_deepspeed(args: argparse.Namespace, device: torch.device) -> None:
     if device.type == "cpu":
         if torch.cuda.is_available():
             raise InputError("--device=cpu: DeepSpeed takes the GPUs that it finds; set CUDA_VISIBLE_DEVICES= as well.")
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled now, by each process
         os.environ["ACCELERATE_USE_CPU"] = "false"
     if "LOCAL_RANK" not in os.environ:  # plain python: a group of one
         with socket.socket() as free:
@@ -136,6 +147,29 @@ def _start_deepspeed(args: argparse.Namespace, device: torch.device) -> None:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
+    """What takes the model's and the optimizer's places in training steps. The model itself stays usable, in fp32."""
+    if accelerator.num_processes > 1 and accelerator.ddp_handler and not is_sharded(accelerator):
+        accelerator.ddp_handler.find_unused_parameters = not _all_learn(model)
+    prepared = accelerator.prepare(model, optimizer)
+    for name in ("forward", "_original_forward"):  # accelerate's autocast, which the Trainer enters itself
+        vars(model).pop(name, None)
+    return prepared
+
+
+def _all_learn(model: nn.Module) -> bool:
+    """Whether gradients reach all trainable parameters: tried out on one sentence."""
+    device = next(model.parameters()).device
+    random = torch.get_rng_state()
+    model.eval()
+    ids = torch.ones(1, 3, dtype=torch.int64, device=device)
+    model(ids, ids.bool()).sum().backward()
+    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.zero_grad()
+    torch.set_rng_state(random)
+    return reached
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -190,10 +224,11 @@ def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator:
         return optimizer.state_dict()
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    inner = optimizer.optimizer.optimizer
+    zero = optimizer.optimizer
     state = {}
-    if inner.state:
-        steps = next(iter(inner.state.values()))["step"].cpu()
+    if zero.optimizer.state:
+        _link(zero)
+        steps = next(iter(zero.optimizer.state.values()))["step"].cpu()
         for number, parameter in enumerate(parameters):
             moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
             if accelerator.is_main_process:
@@ -214,17 +249,22 @@ def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], acceler
     from deepspeed.utils import safe_set_full_optimizer_state
 
     zero = optimizer.optimizer
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    flat = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+    flat = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
     steps = next(iter(saved["state"].values()))["step"]
     for shard in flat:
         zero.optimizer.state[shard] = {"step": steps.clone().to(shard.device),
                                        **{name: torch.zeros_like(shard) for name in MOMENTS}}
-    if not stage3:
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(zero)
     for number, parameter in enumerate(parameters):
         for name in MOMENTS:
             safe_set_full_optimizer_state(parameter, saved["state"][number][name].to(parameter.device), name)
+
+
+def _link(zero: Any) -> None:
+    """Let stages 1 and 2 find the state of all groups: of themselves they look once, after the first group's step."""
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 # ------------------------------------------------------------------------------------------------------------- ends

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, EncodedData, make_loader, share
-from distributed import gather, is_sharded, load_optimizer_state, optimizer_state, total, whole_weights
+from distributed import gather, is_sharded, load_optimizer_state, optimizer_state, prepare, total, whole_weights
 from model import Classifier, parameter_groups
 from quantization import start_quantization
 from text import InputError, second_name
@@ -227,9 +227,8 @@ class Trainer:
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         if state and not self.finished:
             model.load_state_dict(state["model"])  # before DeepSpeed shares the weights out
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        # Without accelerate's wrapper around `forward`: reduced precision is for training steps alone.
-        self.plain_model: Classifier = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model, self.optimizer = prepare(model, optimizer, accelerator)
+        self.plain_model = model
         if args.compile:
             self.model = torch.compile(self.model, dynamic=True)
         self.average = WeightAverage(self.plain_model, args.ema_decay) if args.ema_decay else None

@@ -75,6 +75,8 @@ def choose_device(name: str | None) -> torch.device:
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if processes > 1 else device.index)
                 torch.cuda.set_device(device)
         torch.empty(1, device=device)
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, need not search for another
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: not usable on this machine ({reason}).") from None
