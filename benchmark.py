@@ -7,6 +7,7 @@ Writes  RESULTS/speed.json, vectors.json, memory.json, finetune.json, inference.
     python benchmark.py                     speed, vectors, memory, finetune and inference: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
+    python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
     python benchmark.py table               print again what RESULTS holds
 
 Figures of speed are ratios of two things measured in one run; what is absolute stands beside them.
@@ -37,6 +38,7 @@ from benchmarks.finetune import measure_finetuning
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, figure, interleave, launch, training_rate
 from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
+from benchmarks.zero import measure_zero
 from text import InputError, fail_cleanly
 
 
@@ -280,7 +282,8 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "finetune": measure_finetuning,
     "inference": measure_inference,
 }
-VERBS = (*MEASURES, "accuracy", "table")
+BY_NAME = {"zero": measure_zero}  # several processes: only where asked for
+VERBS = (*MEASURES, *BY_NAME, "accuracy", "table")
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -331,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 from util import write_json
 
-                result = {"benchmark": name, **provenance(args.command), **MEASURES[name](args, folder)}
+                result = {"benchmark": name, **provenance(args.command), **(MEASURES | BY_NAME)[name](args, folder)}
                 write_json(result, Path(args.results) / f"{name}.json")
         show(args, [name])
 

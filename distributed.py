@@ -177,6 +177,14 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type.value == "DEEPSPEED"
 
 
+def described(accelerator: Accelerator) -> str:
+    """What the log says of several processes and DeepSpeed."""
+    parts = [f", {accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
+    if is_sharded(accelerator):
+        parts.append(f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}")
+    return "".join(parts)
+
+
 # ------------------------------------------------------------------------------------------------------------- sums
 
 
@@ -298,7 +306,7 @@ def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"^\[\S+\] ", "", str(error).split("\n")[0]).split(". ")[0]
         if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
             raise
         raise InputError(f"another process of this run has died ({reason}); {advice}") from None

@@ -260,7 +260,7 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
             see Trainer.history; an exception of it ends the training.
     """
-    from distributed import ending_together, make_accelerator
+    from distributed import described, ending_together, make_accelerator
     from model import EMBEDDINGS, build_model
     from trainer import Trainer, find_state
     from transformer import TransformerEmbedding, add_lora, check_output_folder
@@ -290,8 +290,7 @@ def run(args: argparse.Namespace, config: dict[str, Any],
     with ending_together(accelerator, advice):
         trainer = Trainer(model, train, valid, args, record, accelerator, on_epoch, state)
         logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", record["run_id"], args.config,
-                    accelerator.device, precision, len(train), trainer.total_steps,
-                    f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
+                    accelerator.device, precision, len(train), trainer.total_steps, described(accelerator))
         try:
             best = trainer.fit()
             if accelerator.is_main_process:

@@ -139,6 +139,36 @@ class WeightAverage:
             average.copy_(state["average"][name])
 
 
+class Curves:
+    """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
+
+    Args:
+        folder: of the event files.
+        step: points from this step on that an earlier file holds are void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        from tensorboardX.summary import scalar
+
+        self._write(step, summary=scalar(name, value))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with contextlib.suppress(OSError):
+            self.file.write_event(Event(wall_time=time.time(), step=step, **content))
+            self.file.flush()
+
+
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
@@ -342,9 +372,7 @@ class Trainer:
             self.save_state()  # so that --resume never finds another run's state in the place of this one's
         main = self.accelerator.is_main_process
         if main:
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(Path(self.args.log_dir) / self.record["run_id"]), purge_step=self.step + 1)
+            self.writer = Curves(Path(self.args.log_dir) / self.record["run_id"], self.step + 1)
         started = time.time()
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if main else True,
                    dynamic_ncols=True)
@@ -353,8 +381,6 @@ class Trainer:
                 self.train_epoch(bar)
         finally:
             bar.close()
-            if main:
-                self.writer.close()
         logger.info("[trained %d steps in %.1f s]", self.step, time.time() - started)
         return self.best
 

@@ -38,6 +38,7 @@ def setup_logging(log_path: str | None = None) -> None:
         except OSError as error:
             raise InputError(f"{log_path}: cannot be written ({error.strerror}).") from None
         handler.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s:%(name)s:%(message)s"))
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: what matters says so
         root = logging.getLogger()
         for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
             root.removeHandler(old)

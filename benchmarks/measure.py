@@ -35,12 +35,13 @@ class Sizes:
     vocabulary: int = 20_000
     train_flags: str = ""  # for the models of the accuracy table
     settings: int = 1000  # at most, that a baseline tries
+    layers: int = 12  # of the BERT for zero
     sentences: int | None = None  # that are answered one at a time; None: the test file's
 
 
 SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
               lines=(300, 1500), vocabulary=100, train_flags="--epoch=1 --max_train_steps=3", settings=2,
-              sentences=12)
+              layers=1, sentences=12)
 
 
 # A process's peak memory counts that of the process which started it, here perhaps one that holds torch and a model.
