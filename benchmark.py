@@ -7,6 +7,7 @@ Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.js
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
+    python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
     python benchmark.py table               print again what RESULTS holds
 
 Figures of speed are ratios of two things measured in one run; what is absolute stands beside them.
@@ -38,6 +39,7 @@ from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
 from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
 from benchmarks.scale import measure_memory, measure_scale
+from benchmarks.zero import measure_zero
 from text import InputError, fail_cleanly
 
 
@@ -218,7 +220,8 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "augment": measure_augmentation,
     "finetune": measure_finetuning, "inference": measure_inference, "scale": measure_scale,
 }
-VERBS = (*MEASURES, "accuracy", "table")
+BY_NAME = {"zero": measure_zero}  # several processes: only where asked for
+VERBS = (*MEASURES, *BY_NAME, "accuracy", "table")
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -269,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 from util import write_json
 
-                result = {"benchmark": name, **provenance(args.command), **MEASURES[name](args, folder)}
+                result = {"benchmark": name, **provenance(args.command), **(MEASURES | BY_NAME)[name](args, folder)}
                 write_json(result, Path(args.results) / f"{name}.json")
         show(args, [name])
 

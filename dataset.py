@@ -9,7 +9,7 @@ foreign file is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,10 +28,13 @@ from text import InputError, Labels, sha256
 class Batch:
     """Sentences that are computed together.
 
+    Where several processes share a batch that has too few sentences for all, a process without one gets a sentence
+    without a target: it takes part and counts for nothing.
+
     Attributes:
         input_ids: [B, T] int64, 0 at pad positions.
         attention_mask: [B, T] bool, True at real tokens.
-        targets: class ids [B] int64, or logits [B, C] float32, or None for unlabelled text.
+        targets: class ids [B] int64, or logits [B, C] float32, or None for unlabelled text; [0] to count for nothing.
     """
 
     input_ids: Tensor
@@ -52,7 +55,7 @@ class Batch:
         return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids if self.targets is None else self.targets)
 
 
 def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None) -> Batch:
@@ -126,9 +129,12 @@ class EncodedData(Dataset):
         return [self.token_ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The batch of the examples at `indices` (torch's loader calls this in place of one call an example)."""
-        rows = self.rows(indices)
-        targets = self.targets[np.asarray(indices)]
+        """The batch of the examples at `indices` (torch's loader calls this in place of one call an example).
+
+        None gives a sentence without a target, see Batch.
+        """
+        rows = self.rows(indices or [0])
+        targets = self.targets[np.asarray(indices, dtype=np.int64)]
         return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
 
 
@@ -148,7 +154,8 @@ class BucketSampler(Sampler[list[int]]):
     """Batches of sentences of like length, so that little of a batch is padding.
 
     Each epoch shuffles all examples, sorts them by length within pools of `pool` batches, cuts the pools into
-    batches and shuffles these. The order is a function of (seed, epoch) alone, so that a resumed run finds its place.
+    batches and shuffles these. The order is a function of (seed, epoch) alone, so that a resumed run finds its place,
+    and so that runs whose optimizer steps take equally many sentences take the same ones, see `share`.
 
     Args:
         lengths: [N] tokens in each sentence.
@@ -164,7 +171,6 @@ class BucketSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.pool = pool
         self.epoch = 0
-        self.start = 0  # batches of the epoch to pass over
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
@@ -183,19 +189,29 @@ class BucketSampler(Sampler[list[int]]):
         return [batches[i] for i in random.permutation(len(batches))]
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches()[self.start :]:
+        for batch in self.batches():
             yield batch.tolist()
 
 
-def make_loader(data: EncodedData, sampler: BucketSampler, pin_memory: bool = False) -> Iterator[Batch]:
-    """The sampler's batches, each assembled while the one before it is computed.
+def share(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) -> list[list[int]]:
+    """One process's part of a batch, in parts of at most `size` sentences that are computed one after another.
+
+    Every sentence is in exactly one part of one process. All processes get equally many parts, for they compute in
+    step; parts differ by at most one sentence in size, and may be empty.
+    """
+    parts = -(-len(batch) // (size * processes))
+    return [part.tolist() for part in np.array_split(batch[process::processes], parts)]
+
+
+def make_loader(data: EncodedData, batches: Iterable[list[int]], pin_memory: bool = False) -> Iterator[Batch]:
+    """The batches of the examples at these indices, each assembled while the one before it is computed.
 
     Torch's global random state is left alone (a resumed run needs it so).
 
     Args:
         pin_memory: for asynchronous copies to a GPU.
     """
-    loader = iter(DataLoader(data, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator(),
+    loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=_as_it_is, generator=torch.Generator(),
                              pin_memory=pin_memory))
     with ThreadPoolExecutor(1) as worker:
         waiting = worker.submit(next, loader, None)

@@ -280,7 +280,7 @@ class DistillationTrainer(Trainer):
     Args:
         train: with the teacher's answers.
         teacher: asked for hidden states and attentions, where the flags want them.
-        model, valid, args, record, accelerator: see Trainer.
+        model, valid, args, record, accelerator, state: see Trainer.
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -290,7 +290,8 @@ class DistillationTrainer(Trainer):
                 "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
 
     def __init__(self, model: Classifier, train: TaughtData, valid: EncodedData, args: argparse.Namespace,
-                 record: dict[str, Any], accelerator: Accelerator, teacher: Teacher) -> None:
+                 record: dict[str, Any], accelerator: Accelerator, teacher: Teacher,
+                 state: dict[str, Any] | None = None) -> None:
         self.teacher = teacher.to(accelerator.device).eval()
         self.student: Any = model.embedding
         self.guide: Any = teacher.model.embedding
@@ -301,7 +302,7 @@ class DistillationTrainer(Trainer):
             self._match(model, teacher, args, train)
         self.parts: dict[str, Any] = {}  # of the loss, summed over the examples since the last log line
         self.examples = 0
-        super().__init__(model, train, valid, args, record, accelerator)
+        super().__init__(model, train, valid, args, record, accelerator, state=state)
 
     def _match(self, model: Classifier, teacher: Teacher, args: argparse.Namespace, train: EncodedData) -> None:
         if not teacher.reads_like(train.facts):
@@ -354,8 +355,8 @@ class DistillationTrainer(Trainer):
         self.examples += len(hard)
         return sum((weights[name] * value for name, value in parts.items()), torch.zeros_like(hard)), logits
 
-    def _train_step(self, group: list[Batch]) -> None:
-        super()._train_step(group)
+    def _train_step(self, group: list[Batch], examples: int) -> None:
+        super()._train_step(group, examples)
         if self.step % self.args.logging_steps == 0:
             means = {name: total.item() / max(1, self.examples) for name, total in self.parts.items()}
             self.parts, self.examples = {}, 0

@@ -168,7 +168,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
         more["mpl_history"] = learn_pseudo_labels(run, teacher)
         teacher.model.load_state_dict(checkpoint["model"])  # the one that answered
     trainer = DistillationTrainer(run.model, TaughtData(run.train.path, logits), run.valid, args, run.record,
-                                  run.accelerator, teacher)
+                                  run.accelerator, teacher, run.state)
     curve = join(finish(run, trainer, more))
     draw_curves({args.save_path: curve, **others}, f"{args.save_path}.curves.png")
 
@@ -182,8 +182,8 @@ def learn_pseudo_labels(run: Run, teacher: Any) -> list[dict[str, float]]:
     from pseudo_labels import MetaTrainer
     from util import load_checkpoint
 
-    if run.accelerator.num_processes > 1 or run.accelerator.scaler:
-        raise InputError("--mpl_data_path: meta pseudo labels are learned by one process, in bf16 or fp32.")
+    if run.accelerator.scaler:
+        raise InputError("--mpl_data_path: meta pseudo labels are learned in bf16 or fp32.")
     changes = {"epoch": run.args.mpl_epoch, "save_path": f"{run.args.save_path}.mpl"}
     args = argparse.Namespace(**{**vars(run.args), **changes})
     record = {**run.record, "run_id": f"{run.record['run_id']}-mpl"}
@@ -274,7 +274,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     run = begin(args, config, lambda *_: model.cpu())
     run.model.decoder.load_state_dict(decoder)  # one of Gaussians was fitted anew
     if args.recover_epoch:
-        trainer = Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator)
+        trainer = Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator, state=run.state)
         finish(run, trainer, {"pruned_run_id": checkpoint["run_id"], **figures})
         figures["recovered"] = {"loss": trainer.best["valid_loss"], "accuracy": trainer.best["valid_accuracy"],
                                 "parameters": figures["pruned"]["parameters"]}
@@ -334,6 +334,9 @@ def measure(model: Any, metrics: dict[str, float]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
+    if args.zero_stage or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("fastformers.py runs in one process, without DeepSpeed: start it with python, and without "
+                         "--zero_stage.")
 
     from util import setup_logging
 

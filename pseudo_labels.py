@@ -241,11 +241,10 @@ class MetaTrainer(Trainer):
             yield from cast(Iterator[ReadTwice], make_loader(cast(EncodedData, text), sampler))
             sampler.epoch += 1
 
-    def _train_step(self, group: list[Batch]) -> None:
+    def _train_step(self, group: list[Batch], examples: int) -> None:
         device = self.accelerator.device
         labelled = [cast(ReadTwice, batch).to(device) for batch in group]
         unlabelled = [next(self.unlabelled).to(device) for _ in group]
-        examples = sum(len(batch) for batch in labelled)
 
         def answers(batches: list[ReadTwice]) -> list[Tensor]:
             with self.accelerator.autocast():

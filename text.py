@@ -6,6 +6,7 @@ Nothing here needs torch, so that `--help`, bad input and raw-text inference ans
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -63,6 +64,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     """Open a temporary file that takes `path`'s place, whole and synced to disk, when the block ends well.
 
     When the block raises, or the process dies in it, whatever stood at `path` stays as it was.
+
+    Raises:
+        InputError: `path` cannot be written to, or the disk is full.
     """
     path = Path(path)
     try:
@@ -80,9 +84,22 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        refuse_full_disk(path, error)
         raise
+
+
+def refuse_full_disk(path: Path, error: BaseException | None) -> None:
+    """Raise InputError if it was for want of room on the disk that writing `path` failed, however that was reported."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors says it
+            number = int(found[1])
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(f"{path}: cannot be written ({os.strerror(number)}); what was saved before is untouched. "
+                             "Make room and start again: train.py goes on with --resume.") from None
+        error = error.__context__  # torch.save reports what comes of it
 
 
 def sweep(folder: Path, pattern: str) -> None:
@@ -122,6 +139,17 @@ def keep_previous(path: Path) -> Path:
                 continue
             os.replace(path, aside)
             return aside
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Give the file at `path` a second name, in the place of a file that may be there."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
 
+    from distributed import end_processes
     from util import setup_logging
 
     setup_logging(args.log_path)
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         search(args, parser, get_params, run, load_data(args, config))
     else:
         run(args, config)
+        end_processes()
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],
@@ -80,12 +82,14 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
             see Trainer.history; an exception of it ends the training.
     """
-    begun = begin(args, config)
-
+    from distributed import ending_together
     from trainer import Trainer
 
-    trainer = Trainer(begun.model, begun.train, begun.valid, args, begun.record, begun.accelerator, on_epoch)
-    return finish(begun, trainer)["best"]
+    begun = begin(args, config)
+    with ending_together(begun.accelerator, f"--resume goes on from {args.save_path}.state."):
+        trainer = Trainer(begun.model, begun.train, begun.valid, args, begun.record, begun.accelerator, on_epoch,
+                          begun.state)
+        return finish(begun, trainer)["best"]
 
 
 if __name__ == "__main__":

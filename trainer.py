@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -22,10 +23,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import Batch, BucketSampler, EncodedData, make_loader
+from dataset import Batch, BucketSampler, EncodedData, make_loader, share
+from distributed import gather, is_sharded, load_optimizer_state, optimizer_state, prepare, total, whole_weights
 from model import Classifier, parameter_groups
 from quantization import start_quantization
-from text import InputError
+from text import InputError, second_name
 from transformer import merged_weights
 from util import load_checkpoint, save_checkpoint
 
@@ -77,19 +79,27 @@ def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch.device) -> dict[str, float]:
-    """Mean cross entropy and accuracy over a data set, in fp32, model in evaluation mode and left so."""
+def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch.device,
+             accelerator: Accelerator | None = None) -> dict[str, float]:
+    """Mean cross entropy and accuracy over a data set, in fp32, model in evaluation mode and left so.
+
+    Args:
+        accelerator: its processes share the work; each example counts once, and all get the same figures.
+    """
     model.eval()
     criterion = make_criterion("CrossEntropyLoss")
-    loss, correct = torch.zeros((), dtype=torch.float64), 0
-    for batch in make_loader(data, BucketSampler(data.lengths, batch_size, shuffle=False)):
+    processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, correct answers
+    batches = BucketSampler(data.lengths, batch_size * processes, shuffle=False).batches()
+    for batch in make_loader(data, (share(batch, batch_size, processes, process)[0] for batch in batches)):
         batch = batch.to(device)
         assert batch.targets is not None  # encoded data have them
-        logits = model(batch.input_ids, batch.attention_mask)
-        loss += criterion(logits, batch.targets).cpu().double().sum()  # not every device has doubles
+        logits = model(batch.input_ids, batch.attention_mask)[: len(batch)]
+        sums[0] += criterion(logits, batch.targets).cpu().double().sum()  # not every device has doubles
         classes = batch.targets.argmax(-1) if data.has_logits else batch.targets
-        correct += int((logits.argmax(-1) == classes).sum())
-    return {"loss": loss.item() / len(data), "accuracy": correct / len(data)}
+        sums[1] += int((logits.argmax(-1) == classes).sum())
+    loss, correct = total(sums, accelerator).tolist()
+    return {"loss": loss / len(data), "accuracy": correct / len(data)}
 
 
 class WeightAverage:
@@ -136,11 +146,60 @@ class WeightAverage:
             average.copy_(state["average"][name])
 
 
+class Curves:
+    """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
+
+    Args:
+        folder: of the event files.
+        step: points from this step on that an earlier file holds are void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        from tensorboardX.summary import scalar
+
+        self._write(step, summary=scalar(name, value))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with contextlib.suppress(OSError):
+            self.file.write_event(Event(wall_time=time.time(), step=step, **content))
+            self.file.flush()
+
+
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
 class Diverged(InputError):
     """The loss is no number any more."""
+
+
+def find_state(save_path: str, processes: int) -> dict[str, Any] | None:
+    """The state of the run that writes to `save_path`, None where there is none.
+
+    For another number of processes than that run's it is the one at the end of the last epoch.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(f"{save_path}.state")
+    if not path.exists():
+        return None
+    state = load_checkpoint(path)
+    if "processes" not in state:
+        raise InputError(f"{path}: left by an earlier version of train.py; start anew without --resume.")
+    if state["processes"] != processes and state["progress"]["position"]:
+        state = load_checkpoint(f"{path}.epoch")
+    return state
 
 
 class Trainer:
@@ -151,9 +210,13 @@ class Trainer:
         train, valid: encoded data.
         args: train.py's flags.
         record: what a checkpoint says beside the weights (config, labels, identity, flags ...).
-        accelerator: device and precision.
+        accelerator: device, precision, processes.
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
-            (the newest of `history`); what it raises ends the training.
+            (the newest of `history`), in all processes; what it raises ends the training.
+        state: what save_state saved, to go on from.
+
+    Raises:
+        InputError: the run to go on with had other flags, another config or other data.
     """
 
     # Flags that a resumed run must share.
@@ -167,25 +230,42 @@ class Trainer:
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
                  record: dict[str, Any], accelerator: Accelerator,
-                 on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
+                 on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+                 state: dict[str, Any] | None = None) -> None:
         self.args = args
         self.record = record
         self.accelerator = accelerator
         self.on_epoch = on_epoch
         self.train_data = train
         self.valid_data = valid
-        self.sampler = BucketSampler(train.lengths, args.batch_size, seed=args.seed)
+        self.processes = accelerator.num_processes
+        # What an optimizer step takes is drawn whole, so that it does not depend on how it is cut.
+        whole = args.batch_size * args.gradient_accumulation_steps * self.processes
+        self.sampler = BucketSampler(train.lengths, whole, seed=args.seed)
         weights = None
         if args.class_weights == "balanced":
             weights = balanced_class_weights(train.class_ids(), len(train.labels)).to(accelerator.device)
         self.criterion = make_criterion(args.criterion, weights, args.kd_temperature)
 
-        batches = len(self.sampler)
-        self.steps_per_epoch = -(-batches // args.gradient_accumulation_steps)
+        self.steps_per_epoch = len(self.sampler)
         self.total_steps = self.steps_per_epoch * args.epoch
         if args.max_train_steps:
             self.total_steps = min(self.total_steps, args.max_train_steps)
         warmup = self._warmup_steps()
+
+        self.step = 0
+        self.epoch = 0
+        self.position = 0  # steps of the epoch that are done
+        self.loss_sum, self.loss_count = 0.0, 0  # since the last evaluation
+        self.best: dict[str, Any] = {}
+        self.epochs_without_gain = 0
+        self.gained = False  # within this epoch
+        self.history: list[dict[str, float]] = []
+        self.finished = False
+        self.saved_at_end = False  # whether the state on disk is one at the end of an epoch
+        self.writer: Any = None
+        if state:
+            self._load_progress(state)
 
         groups = parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr)
         optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_epsilon,
@@ -194,23 +274,18 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
         )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        # Without accelerate's wrapper around `forward`: reduced precision is for training steps alone.
-        self.plain_model: Classifier = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        if state and not self.finished:
+            model.load_state_dict(state["model"])  # before DeepSpeed shares the weights out
+        self.model, self.optimizer = prepare(model, optimizer, accelerator)
+        self.plain_model = model
         if args.compile:
             self.model = torch.compile(self.model, dynamic=True)
         self.average = WeightAverage(self.plain_model, args.ema_decay) if args.ema_decay else None
-
-        self.step = 0
-        self.epoch = 0
-        self.position = 0  # batches of the epoch that are done
-        self.loss_sum, self.loss_count = 0.0, 0  # since the last evaluation
-        self.best: dict[str, Any] = {}
-        self.epochs_without_gain = 0
-        self.gained = False  # within this epoch
-        self.history: list[dict[str, float]] = []
-        self.finished = False
-        self.writer: Any = None
+        if accelerator.process_index:  # all began with the same weights; from here on each has dropout of its own
+            torch.manual_seed(args.seed + 1_000_003 * accelerator.process_index)
+        if state and not self.finished:
+            self._load_rest(state)
 
     def _warmup_steps(self) -> int:
         args = self.args
@@ -227,31 +302,43 @@ class Trainer:
         """Where --resume finds the run."""
         return Path(f"{self.args.save_path}.state")
 
+    @property
+    def epoch_path(self) -> Path:
+        """The state at the end of the last epoch, where `state_path` is within one: for other numbers of processes."""
+        return Path(f"{self.state_path}.epoch")
+
     def save_state(self) -> None:
-        """Write all that a resumed run needs to go on as if it had never stopped."""
-        state = {**self.record, "progress": {name: getattr(self, name) for name in _PROGRESS}}
-        if not self.finished:
-            state |= {
-                "model": self.plain_model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": {"last_epoch": self.scheduler.last_epoch},
-                "average": self.average.state_dict() if self.average else None,
-                "quantization": self.quantization.state_dict() if self.quantization else None,
-                "random": self._random_state(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            }
-        save_checkpoint(state, self.state_path)
+        """Write all that a resumed run needs to go on as if it had never stopped. To be called in all processes."""
+        state = {**self.record, "processes": self.processes,
+                 "progress": {name: getattr(self, name) for name in _PROGRESS}}
+        with contextlib.ExitStack() as stack:
+            if not self.finished:
+                stack.enter_context(whole_weights(self.plain_model, self.accelerator))
+                state |= {
+                    "model": self.plain_model.state_dict(),
+                    "optimizer": optimizer_state(self.optimizer, self.parameters, self.accelerator),
+                    "scheduler": {"last_epoch": self.scheduler.last_epoch},
+                    "average": self.average.state_dict() if self.average else None,
+                    "quantization": self.quantization.state_dict() if self.quantization else None,
+                    "random": gather(self._random_state(), self.accelerator),
+                    "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                }
+            if self.accelerator.is_main_process:
+                if self.position and self.saved_at_end:
+                    second_name(self.state_path, self.epoch_path)
+                save_checkpoint(state, self.state_path)
+                if not self.position:
+                    self.epoch_path.unlink(missing_ok=True)
+        self.saved_at_end = not self.position
 
-    def load_state(self) -> None:
-        """Go back to where the run in `state_path` stood.
-
-        Raises:
-            InputError: that run had other flags, another config or other data.
-        """
-        state = load_checkpoint(self.state_path)
+    def _load_progress(self, state: dict[str, Any]) -> None:
+        """Check that the state is of this run, and go back to where it stood."""
         flags = self.record["flags"]
+        moved = state["processes"] != self.processes
+        # What one process computes at a time may be chosen anew with the number of processes.
+        free = ("batch_size", "gradient_accumulation_steps") if moved else ()
         differing = [f"{name} {value} then, {flags.get(name)} now" for name, value in state["flags"].items()
-                     if name in self.decisive and flags.get(name) != value]
+                     if name in self.decisive and name not in free and flags.get(name) != value]
         if differing:
             raise InputError(f"{self.state_path}: the run to resume had other flags ({'; '.join(differing)}); "
                              "give the same ones, or start anew without --resume.")
@@ -261,11 +348,18 @@ class Trainer:
         self.record["run_id"] = state["run_id"]
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
-        if self.finished:
-            return
-        self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.saved_at_end = not self.position and not moved
+        if moved and not self.finished:
+            logger.warning("[resumed in %d processes, where there were %d: from the end of epoch %d, at step %d of now "
+                           "%d; dropout draws anew]", self.processes, state["processes"], self.epoch,
+                           self.epoch * self.steps_per_epoch, self.total_steps)
+            self.step = self.epoch * self.steps_per_epoch
+            self.finished = self.step >= self.total_steps
+
+    def _load_rest(self, state: dict[str, Any]) -> None:
+        """What goes with the weights."""
+        load_optimizer_state(self.optimizer, self.parameters, self.accelerator, state["optimizer"])
+        self.scheduler.last_epoch = self.step
         for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs,
                                        self.scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(self.scheduler.last_epoch)
@@ -273,11 +367,13 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         if self.quantization:
             self.quantization.load_state_dict(state["quantization"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.accelerator.scaler:
+        if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.accelerator.device)
+        if state["processes"] == self.processes:
+            random = state["random"][self.accelerator.process_index]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
@@ -294,29 +390,28 @@ class Trainer:
             return self.best
         if not self.step:
             self.save_state()  # so that --resume never finds another run's state in the place of this one's
-        from tensorboardX import SummaryWriter
-
-        self.writer = SummaryWriter(str(Path(self.args.log_dir) / self.record["run_id"]), purge_step=self.step + 1)
+        main = self.accelerator.is_main_process
+        if main:
+            self.writer = Curves(Path(self.args.log_dir) / self.record["run_id"], self.step + 1)
         started = time.time()
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True)
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if main else True,
+                   dynamic_ncols=True)
         try:
             while not self.finished:
                 self.train_epoch(bar)
         finally:
             bar.close()
-            self.writer.close()
         logger.info("[trained %d steps in %.1f s]", self.step, time.time() - started)
         return self.best
 
     def train_epoch(self, bar: tqdm) -> None:
         """Train from the current position to the end of the epoch (or of the run)."""
         self.sampler.epoch = self.epoch
-        self.sampler.start = self.position
         self.model.train()
-        for group in self._groups():
-            self._train_step(group)
+        for group, examples in self._groups():
+            self._train_step(group, examples)
             bar.update()
-            self.position += len(group)
+            self.position += 1
             last = self.position >= len(self.sampler)
             stop = self.step >= self.total_steps
             if last or stop:
@@ -331,31 +426,38 @@ class Trainer:
         if self.on_epoch:
             self.on_epoch(self.epoch, self.history[-1])
 
-    def _groups(self) -> Iterator[list[Batch]]:
-        """The epoch's batches in groups of one optimizer step; the last one may be smaller."""
-        group: list[Batch] = []
-        for batch in make_loader(self.train_data, self.sampler, self.accelerator.device.type == "cuda"):
-            group.append(batch)
-            if len(group) == self.args.gradient_accumulation_steps:
-                yield group
-                group = []
-        if group:
-            yield group
+    def _groups(self) -> Iterator[tuple[list[Batch], int]]:
+        """What is left of the epoch, by optimizer steps: this process's batches, and the examples of all processes."""
+        steps = self.sampler.batches()[self.position :]
+        batches = make_loader(self.train_data, (part for step in steps for part in self._share(step)),
+                              self.accelerator.device.type == "cuda")
+        for step in steps:
+            yield [next(batches) for _ in self._share(step)], len(step)
 
-    def _train_step(self, group: list[Batch]) -> None:
-        """One optimizer step; the gradient is that of the mean over all of the group's examples."""
-        examples = sum(len(batch) for batch in group)
-        for batch in group:
+    def _share(self, step: Any) -> list[list[int]]:
+        return share(step, self.args.batch_size, self.processes, self.accelerator.process_index)
+
+    def _train_step(self, group: list[Batch], examples: int) -> None:
+        """One optimizer step; the gradient is that of the mean over all of the step's examples.
+
+        Args:
+            group: this process's batches.
+            examples: in the batches of all processes.
+        """
+        loss_sum = 0.0
+        for place, batch in enumerate(group, 1):
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            loss = self._loss(batch)
-            self.accelerator.backward(loss / examples)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise Diverged(f"the loss is {value} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
-                               "The best checkpoint so far, if there is one, is untouched.")
-            self.loss_sum += value
+            with self._backward(last=place == len(group)) as backward:
+                loss = self._loss(batch)
+                backward(loss / (examples / self.processes))  # gradients are averaged over processes
+            loss_sum += loss.item()
+        loss_sum = total(torch.tensor([loss_sum], dtype=torch.float64), self.accelerator).item()
+        if not math.isfinite(loss_sum):
+            raise Diverged(f"the loss is {loss_sum} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
+                           "The best checkpoint so far, if there is one, is untouched.")
+        self.loss_sum += loss_sum
         self.loss_count += examples
-        if self.args.max_grad_norm:
+        if self.args.max_grad_norm and not is_sharded(self.accelerator):
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -369,7 +471,18 @@ class Trainer:
         assert batch.targets is not None  # encoded data have them
         with self.accelerator.autocast():
             logits = self.model(batch.input_ids, batch.attention_mask).float()
+        logits = logits[: len(batch)]
         return self.criterion(logits, batch.targets), logits
+
+    @contextlib.contextmanager
+    def _backward(self, last: bool) -> Iterator[Callable[..., None]]:
+        """The backward pass of a batch; with the last one of a step, processes put their gradients together."""
+        if is_sharded(self.accelerator):
+            self.accelerator.sync_gradients = last  # DeepSpeed steps at once then
+            yield functools.partial(self.accelerator.backward, scale_wrt_gas=False)
+        else:
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield self.accelerator.backward
 
     def _loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its examples.
@@ -394,7 +507,8 @@ class Trainer:
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
         with self.average.applied() if self.average else contextlib.nullcontext():
-            metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
+            metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device,
+                               self.accelerator)
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
             point = {"step": self.step, "epoch": self.epoch, "train_loss": self.loss_sum / max(1, self.loss_count),
@@ -406,7 +520,10 @@ class Trainer:
             if better:
                 self.gained |= not self._is_tie(metrics)
                 self.best = point
-                save_checkpoint({**self.record, "metrics": point, **self._weights()}, self.args.save_path)
+                with whole_weights(self.plain_model, self.accelerator):
+                    if self.accelerator.is_main_process:
+                        save_checkpoint({**self.record, "metrics": point, **self._weights()}, self.args.save_path,
+                                        self.args.keep_checkpoints)
         if end_of_epoch:
             self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
             self.gained = False
@@ -441,6 +558,8 @@ class Trainer:
         return self.args.measure == "accuracy" and metrics["accuracy"] == self.best.get("valid_accuracy")
 
     def _report(self, point: dict[str, float], better: bool, bar: tqdm) -> None:
+        if not self.accelerator.is_main_process:
+            return
         bar.set_postfix(valid=f"{point['valid_accuracy']:.4f}", refresh=False)
         for name, value in point.items():
             if name not in ("step", "epoch"):

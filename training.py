@@ -50,6 +50,9 @@ def add_training_flags(parser: Parser) -> None:
     files.add_argument("--save_path", default="pytorch-model.pt", help="(default: %(default)s)")
     files.add_argument("--restore_path", help="begin with this checkpoint's weights")
     files.add_argument("--resume", action="store_true", help="go on with the run that SAVE_PATH.state holds")
+    files.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="N",
+                       help="keep the N models before the best one, as SAVE_PATH.1 (the newest) to SAVE_PATH.N "
+                            "(default: 0)")
     files.add_argument("--log_dir", default="runs", help="TensorBoard files (default: %(default)s)")
     files.add_argument("--log_path", default="train.log", help="the training log (default: %(default)s)")
 
@@ -125,6 +128,16 @@ def add_training_flags(parser: Parser) -> None:
     machine.add_argument("--compile", action="store_true",
                          help="compile the model first (minutes; needs a C++ compiler): pays in long runs")
     machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
+
+    processes = parser.add_argument_group(
+        "several processes: the same command line after torchrun --nproc_per_node 2 or accelerate launch; --batch_size "
+        "is of each process")
+    processes.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3),
+                           help="DeepSpeed shares out among processes the optimizer's state (1), gradients too (2), "
+                                "weights too (3); 0: no DeepSpeed (default: as accelerate launch says, else 0)")
+    processes.add_argument("--offload_optimizer", choices=("cpu", "none"),
+                           help="DeepSpeed keeps the optimizer's state in the machine's memory (default: none)")
+    processes.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
 
 
 def check_training_flags(parser: Parser, args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -243,7 +256,7 @@ class Run:
     record: dict[str, Any]
     model: Any
     accelerator: Any
-    resumed: bool
+    state: dict[str, Any] | None  # of the run to go on with
 
 
 def new_model(args: argparse.Namespace, config: dict[str, Any], train: Any) -> Any:
@@ -262,9 +275,8 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
         args, config: as a stage's get_params makes them.
         make_model: the classifier to begin with, of the flags, the config and the training data.
     """
-    import torch
-    from accelerate import Accelerator
-
+    from distributed import make_accelerator
+    from trainer import find_state
     from transformer import add_lora, check_output_folder
     from util import choose_device, choose_precision, load_checkpoint, set_seed
 
@@ -274,22 +286,20 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     train, valid = load_data(args, config)
     if train.facts["kind"] == "fs":
         check_output_folder(args.bert_output_dir, args.data_dir)
+    accelerator = make_accelerator(args, device, precision)
     set_seed(args.seed)
     model = make_model(args, config, train)
     record = make_record(args, config, train, valid, model.embedding, precision)
-    resumed = args.resume and Path(f"{args.save_path}.state").exists()
-    if args.resume and not resumed:
+    state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
+    if args.resume and not state:
         logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
-    if args.restore_path and not resumed:
+    if args.restore_path and not state:
         restore(model, load_checkpoint(args.restore_path), record, args.restore_path)
-    elif config["enc_class"] == "gnb" and not resumed:
+    elif config["enc_class"] == "gnb" and not state:
         fit_gaussian(model, train)
     if args.lora_r:
         add_lora(model.embedding.transformer, args.lora_r)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # accelerate takes the current one
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    return Run(args, config, train, valid, record, model, accelerator, resumed)
+    return Run(args, config, train, valid, record, model, accelerator, state)
 
 
 def finish(run: Run, trainer: Trainer, more: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -301,25 +311,27 @@ def finish(run: Run, trainer: Trainer, more: dict[str, Any] | None = None) -> di
     Returns:
         The results.
     """
+    from distributed import described
     from transformer import TransformerEmbedding
     from util import write_json
 
-    args, record = run.args, run.record
-    if run.resumed:
-        trainer.load_state()
-    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps", record["run_id"], args.config,
-                run.accelerator.device, record["flags"]["precision"], len(run.train), trainer.total_steps)
+    args, record, accelerator = run.args, run.record, run.accelerator
+    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", record["run_id"], args.config,
+                accelerator.device, record["flags"]["precision"], len(run.train), trainer.total_steps,
+                described(accelerator))
     try:
         best = trainer.fit()
-        logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
-                    best["valid_loss"], best["valid_accuracy"], args.save_path)
         keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
         results = {**{key: record[key] for key in keys}, **(more or {}), "best": best, "history": trainer.history}
-        write_json(results, f"{args.save_path}.train.json")
-        return results
+        if accelerator.is_main_process:
+            logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
+                        best["valid_loss"], best["valid_accuracy"], args.save_path)
+            write_json(results, f"{args.save_path}.train.json")
     finally:  # an interrupted run leaves a whole pair, too
-        if isinstance(run.model.embedding, TransformerEmbedding) and trainer.best:
+        if isinstance(run.model.embedding, TransformerEmbedding) and trainer.best and accelerator.is_main_process:
             publish(args, record["identity"])
+    accelerator.wait_for_everyone()
+    return results
 
 
 def publish(args: argparse.Namespace, identity: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import EncodedData
-from text import InputError, keep_previous, sweep, sync_folder
+from text import InputError, keep_previous, refuse_full_disk, sweep, sync_folder
 from util import IDENTITY, RUN_ID, saved_fact
 
 logger = logging.getLogger(__name__)
@@ -543,11 +543,15 @@ def save_pretrained(model: Any, tokenizer: Any, labels: list[str], run_id: str, 
         model.config.label2id = {label: number for number, label in enumerate(labels)}
         setattr(model.config, RUN_ID, run_id)
         setattr(model.config, IDENTITY, identity)
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        for file in made.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        try:
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            for file in made.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        except Exception as error:
+            refuse_full_disk(target, error)
+            raise
         if target.exists():
             if saved_fact(target, IDENTITY) == identity or not any(target.iterdir()):
                 os.rename(target, old)

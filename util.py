@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from text import InputError, atomic_write, keep_previous
+from text import InputError, atomic_write, keep_previous, second_name
 
 if TYPE_CHECKING:  # logs and results files are written without it, too
     import torch
@@ -26,14 +26,19 @@ ROOT = Path(__file__).resolve().parent
 
 
 def setup_logging(log_path: str | None = None) -> None:
-    """Log to standard error in logging's default layout, and also to `log_path`."""
-    logging.basicConfig(level=logging.INFO)
-    if log_path:
+    """Log to standard error in logging's default layout, and also to `log_path`.
+
+    Of several processes only the main one says more than warnings, and writes the file.
+    """
+    main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if main else logging.WARNING)
+    if log_path and main:
         try:
             handler = logging.FileHandler(log_path, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{log_path}: cannot be written ({error.strerror}).") from None
         handler.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s:%(name)s:%(message)s"))
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: what matters says so
         root = logging.getLogger()
         for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
             root.removeHandler(old)
@@ -62,7 +67,17 @@ def choose_device(name: str | None) -> torch.device:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if processes > devices > 0:
+                raise InputError(f"{processes} processes on this machine, and {devices} GPUs; start one for each GPU, "
+                                 "or give --device=cpu.")
+            if processes > 1 or device.index is not None:  # accelerate takes the current one
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if processes > 1 else device.index)
+                torch.cuda.set_device(device)
         torch.empty(1, device=device)
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, need not search for another
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: not usable on this machine ({reason}).") from None
@@ -83,6 +98,10 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 def choose_precision(mixed_precision: str, device: torch.device) -> str:
     """Resolve --mixed_precision auto|no|bf16|fp16 to what accelerate takes: no, bf16 or fp16."""
+    if mixed_precision == "auto":  # accelerate launch has asked its user
+        mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "auto")
+    if mixed_precision == "fp8":
+        raise InputError("accelerate is configured for fp8, which train.py lacks; give --mixed_precision=bf16.")
     if mixed_precision == "auto":
         return "bf16" if bf16_is_fast(device) else "no"
     if mixed_precision == "fp16" and device.type != "cuda":
@@ -115,16 +134,28 @@ def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str], keep: int = 0) -> None:
     """Write a checkpoint of plain data and tensors, whole or not at all.
 
     A checkpoint at `path` that another config or other data made (its "identity" differs) is kept aside first.
+
+    Args:
+        keep: so many earlier checkpoints stay as path.1 (the newest), path.2 ...
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
     """
     import torch
 
     path = Path(path)
     if path.exists() and peek_identity(path) != checkpoint["identity"]:
         logger.warning("[%s came from another config or other data and is kept as %s]", path, keep_previous(path))
+    elif path.exists() and keep:
+        names = [path.with_name(f"{path.name}.{number}") for number in range(1, keep + 1)]
+        for older, newer in zip(reversed(names), reversed(names[:-1]), strict=False):
+            if newer.exists():
+                os.replace(newer, older)
+        second_name(path, names[0])
     with atomic_write(path, "wb") as file:
         torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
 

@@ -38,12 +38,13 @@ class Sizes:
     vocabulary: int = 20_000
     train_flags: str = ""  # for the models of the accuracy table
     settings: int = 1000  # at most, that a baseline tries
+    layers: int = 12  # of the BERT for zero
     sentences: int | None = None  # that are answered one at a time; None: the test file's
 
 
 SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
               lines=(300, 1500), more_lines=(300, 900), subword_lines=200, epochs=1, vocabulary=100,
-              train_flags="--epoch=1 --max_train_steps=3", settings=2, sentences=12)
+              train_flags="--epoch=1 --max_train_steps=3", settings=2, layers=1, sentences=12)
 
 
 def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def check_whole(place: Place) -> None:
         if path.name.startswith("."):
             assert path.name.endswith(".tmp"), path
         elif path.name.startswith("model.pt"):
-            assert path.suffix in (".pt", ".state") and load_checkpoint(path)["identity"]
+            assert path.suffix in (".pt", ".state", ".epoch") and load_checkpoint(path)["identity"]
 
 
 def kill_at(place: Place, flags: list[str], states: int, fraction: float) -> bool:
@@ -507,3 +509,53 @@ def test_one_epoch_on_snips(shared: Path, tmp_path: Path, encoder: str) -> None:
     train.main([*common, "--epoch=1", "--lr=1e-3", "--batch_size=64", "--device=cpu", "--embedding_trainable"])
     best = json.loads(Path("pytorch-model.pt.train.json").read_text())["best"]
     assert best["valid_accuracy"] > 0.9
+
+
+# ------------------------------------------------------------------------------------------- a full disk, old models
+
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as on a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.pt.state"])
+def test_a_full_disk_loses_nothing(encoded: Place, tmp_path: Path, file: str) -> None:
+    alone = encoded.copy(tmp_path / "alone")
+    train.main(alone.train_flags(*RICH))
+    run_until(12, encoded.train_flags(*RICH))
+    before = snapshot(encoded.root)
+    with files_up_to(len(before[file] or b"") - 1):
+        said = refusal(train.main, *encoded.train_flags(*RICH, "--resume"))
+    assert f"{file}: cannot be written (File too large)" in said and "--resume" in said
+    check_whole(encoded)
+    after = snapshot(encoded.root)
+    assert before["model.pt.state"] == after["model.pt.state"]
+    assert (before["model.pt"] == after["model.pt"]) or file == "model.pt.state"
+    train.main(encoded.train_flags(*RICH, "--resume"))
+    assert same_weights(alone.model, encoded.model) and results(alone)["history"] == results(encoded)["history"]
+
+
+def test_keeping_checkpoints(encoded: Place) -> None:
+    train.main(encoded.train_flags("--epoch=5", "--measure=last", "--keep_checkpoints=2"))
+    kept = [load_checkpoint(f"{encoded.model}{number}")["metrics"]["epoch"] for number in ("", ".1", ".2")]
+    assert kept == [5, 4, 3] and not Path(f"{encoded.model}.3").exists()
+    evaluate.main(encoded.evaluate_flags(f"--model_path={encoded.model}.2"))
+
+
+def test_the_end_of_the_last_epoch_stays_within_reach(encoded: Place) -> None:
+    """Another number of processes goes on from there: within an epoch, it would not know what is left of it."""
+    run_until(4, encoded.train_flags("--eval_and_save_steps=4"))  # 6 steps an epoch: one file at the start, three here
+    within = load_checkpoint(f"{encoded.model}.state")
+    assert within["progress"]["position"] == 4
+    assert load_checkpoint(f"{encoded.model}.state.epoch")["progress"]["step"] == 0
+    assert trainer.find_state(str(encoded.model), 1)["progress"]["step"] == 4
+    assert trainer.find_state(str(encoded.model), 2)["progress"]["step"] == 0
+    train.main(encoded.train_flags("--eval_and_save_steps=4", "--resume"))
+    assert not Path(f"{encoded.model}.state.epoch").exists()

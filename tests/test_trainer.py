@@ -159,7 +159,7 @@ def test_how_a_step_is_cut_does_not_matter(encoded: Place, one: list[list[int]],
     for cut in (one, other):
         made = make_trainer(encoded)
         for _ in range(3):
-            made._train_step([batch_of(made, *places) for places in cut])
+            made._train_step([batch_of(made, *places) for places in cut], sum(map(len, cut)))
         ends.append(parameters(made))
     close(*ends)
 
@@ -182,7 +182,9 @@ def test_accumulated_epochs_equal_whole_batches(encoded: Place, flags: list[str]
     (8, 4, [4, 2]), (8, 1, [1] * 6), (8, 6, [6]), (1, 45, [45, 1])])
 def test_groups(encoded: Place, size: int, accumulation: int, groups: list[int]) -> None:
     made = make_trainer(encoded, f"--batch_size={size}", f"--gradient_accumulation_steps={accumulation}")
-    assert [len(group) for group in made._groups()] == groups and made.steps_per_epoch == len(groups)
+    found = list(made._groups())
+    assert sorted((len(group) for group, _ in found), reverse=True) == groups and made.steps_per_epoch == len(groups)
+    assert [examples for _, examples in found] == [sum(map(len, group)) for group, _ in found]
 
 
 def test_step_equals_plain_torch(encoded: Place) -> None:
@@ -191,7 +193,7 @@ def test_step_equals_plain_torch(encoded: Place) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(4):
         batch = batch_of(made, step, step + 5, step + 9)
-        made._train_step([batch])
+        made._train_step([batch], len(batch))
         optimizer.param_groups[0]["lr"] = 0.01 * cosine_with_warmup(step, 0, made.total_steps)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(batch.input_ids, batch.attention_mask), batch.targets).backward()
@@ -210,7 +212,7 @@ def test_clipping(encoded: Place, limit: float, monkeypatch: pytest.MonkeyPatch)
         norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
 
     monkeypatch.setattr(made.optimizer, "step", look)
-    made._train_step([batch_of(made, 0, 1, 2)])
+    made._train_step([batch_of(made, 0, 1, 2)], 3)
     assert norms[0] == pytest.approx(limit, rel=1e-3) if limit else norms[0] > 0.1
 
 

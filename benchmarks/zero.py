@@ -1,0 +1,84 @@
+"""ZeRO: the memory that each of two processes takes to train a transformer of BERT-base's size, by stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.accuracy import ROOT
+from benchmarks.measure import Sizes, figure
+from text import InputError
+
+PROCESSES, STEPS = 2, 2
+STAGES = (0, 1, 2, 3)
+
+
+def measure_zero(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Bytes of optimizer state and peak memory, each stage in processes of its own."""
+    sizes: Sizes = args.sizes
+    found = {stage: _in_processes(stage, sizes.layers) for stage in tqdm(STAGES, unit="stage", disable=None)}
+    whole = found[0]
+    figures = [figure(f"optimizer state of a process, ZeRO stage {stage} to no DeepSpeed",
+                      found[stage]["state"] / whole["state"], f"<= {1.1 / PROCESSES}",
+                      f"{found[stage]['state'] / 1e6:.0f} to {whole['state'] / 1e6:.0f} MB")
+               for stage in STAGES[1:]]
+    figures += [figure(f"peak resident memory of a process, stage {stage} to no DeepSpeed",
+                       found[stage]["peak"] / whole["peak"], "",
+                       f"{found[stage]['peak'] / 1e6:.0f} to {whole['peak'] / 1e6:.0f} MB") for stage in STAGES[1:]]
+    notes = [f"a random BERT with {whole['parameters'] / 1e6:.0f} M parameters, {PROCESSES} processes, {STEPS} steps "
+             "in fp32 on the CPU; of the processes the one that takes more"]
+    return {"figures": figures, "notes": notes, "stages": found}
+
+
+def _in_processes(stage: int, layers: int) -> dict[str, int]:
+    """The most that a process took."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m",
+               "benchmarks.zero", str(stage), str(layers)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(rows) != PROCESSES:
+        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
+    return {key: max(row[key] for row in rows) for key in rows[0]}
+
+
+def work(stage: int, layers: int) -> None:
+    """Train a few steps and print what this process took."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from distributed import make_accelerator, prepare
+    from model import build_model, parameter_groups
+    from transformer import TransformerEmbedding
+
+    flags = argparse.Namespace(zero_stage=stage, offload_optimizer=None, batch_size=1, gradient_accumulation_steps=1,
+                               max_grad_norm=1.0, compile=False, enable_qat=False, enable_qat_fx=False,
+                               enable_diffq=False, ema_decay=0.0, lora_r=None)
+    accelerator = make_accelerator(flags, torch.device("cpu"), "no")
+    transformer = BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False)
+    model = build_model({"enc_class": "cls", "dropout": 0.1}, 4, TransformerEmbedding(transformer, "first"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    wrapped, optimizer = prepare(model, torch.optim.AdamW(parameter_groups(model, 0.01, 1e-5), fused=True), accelerator)
+    ids = torch.ones(1, 8, dtype=torch.int64)
+    for _ in range(STEPS):
+        accelerator.backward(wrapped(ids, ids.bool()).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    inner = optimizer.optimizer
+    states = (inner.optimizer if stage else inner).state.values()
+    state = sum(value.numel() * value.element_size() for one in states for value in one.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"state": state, "peak": peak, "parameters": parameters}), flush=True)
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    work(*map(int, sys.argv[1:]))
