@@ -33,7 +33,7 @@ def make_parser() -> Parser:
     trials.add_argument("--hp_trials", type=positive_int, default=24, help="of all workers together (default: 24)")
     trials.add_argument("--hp_space", metavar="FILE.json",
                         help='flags and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "batch_size": '
-                             "[32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see search.py)")
+                             "[32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see space.py)")
     trials.add_argument("--hp_storage", metavar="URL|FILE.journal",
                         help="a database's URL or a journal file, .log or .journal (default: "
                              "SAVE_PATH.trials/study.journal)")

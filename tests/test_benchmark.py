@@ -147,7 +147,7 @@ def test_scale(raw: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         return 2.0, 50.0, ""
 
     monkeypatch.setattr(scale, "launch", launched)
-    folder = make_model("BERT", Path("tiny"), ["play some jazz", "will it rain in tokyo"])
+    folder = make_model("BERT", Path("tiny"), ["play some jazz", "will it rain in tokyo"]) if real else raw.root
     run("scale", f"--config={raw.config}", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}",
         f"--bert_model_name_or_path={folder}")
     found = check_figures("scale", capsys.readouterr().out, 5)
@@ -156,8 +156,7 @@ def test_scale(raw: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert torchrun[1] == 1 and {"--nproc_per_node=2", "--batch_size=64"} < set(torchrun[0])
     if not real:
         assert found["preprocess_lines_a_second"]["transformer"] == {"1": [100.0], "2": [100.0]}
-        rates = found["train_sentences_a_second"]
-        assert rates == {"1 process of 2 threads": [92.0], "2 processes of 1 thread": [92.0]}
+        assert list(found["train_sentences_a_second"].values()) == [[92.0], [92.0]]  # 46 sentences in half a second
 
 
 def test_generated_vectors_and_corpora_are_what_they_say(tmp_path: Path) -> None:
