@@ -203,7 +203,7 @@ def make_trainer(place: Place, *flags: str, **changes: Any) -> DistillationTrain
 
 def test_the_loss_is_the_sum_of_its_parts(trained: Place) -> None:
     trainer = make_trainer(trained, kd_temperature=2.0)
-    batch = next(iter(trainer._groups()))[0]
+    batch = next(iter(trainer._groups()))[0][0]
     loss, logits = trainer.objective(batch)
     assert loss.abs().max() < 1e-5  # the student answers as the teacher does
     with torch.no_grad():

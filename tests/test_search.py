@@ -23,6 +23,7 @@ from helpers import refusal, same_weights, script, write_config
 import search
 import train
 import trainer
+import training
 from search import check_space, default_space, open_storage
 
 STORAGES = ["sqlite:///study.db", "study.journal"]
@@ -203,7 +204,7 @@ def test_24_trials_of_two_workers_one_killed(encoded: Place, storage: str) -> No
 def test_an_interrupted_search_goes_on(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = flags(encoded, trials=4)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(search.Search, "remove_beaten", lambda self: patch.setattr(train, "make_record", interrupt))
+        patch.setattr(search.Search, "remove_beaten", lambda self: patch.setattr(training, "make_record", interrupt))
         train.main(argv)
     assert end.value.code == 130
     storage = f"{encoded.model}.trials/study.journal"
