@@ -6,6 +6,7 @@ Starting a process costs seconds, so that one pair of processes runs all trainin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -170,11 +171,11 @@ def test_one_process_speaks_and_writes(runs: Runs) -> None:
 def test_checkpoints_are_whole(runs: Runs, name: str) -> None:
     evaluate.main([f"--model_path={runs.root / name}.pt", f"--bert_output_dir={runs.root / name}", "--device=cpu"])
     found = json.loads((runs.root / f"{name}.pt.test.json").read_text())
-    assert found["examples"] == 60 and found["accuracy"] > 0.3
+    assert found["examples"] == 60
     same = "gpt-1" if name == "gpt-2" else "zero-0"
     expected, weights = (load_checkpoint(runs.root / f"{which}.pt")["model"] for which in (same, name))
     assert expected.keys() == weights.keys()
-    assert all(torch.allclose(expected[key], weights[key], atol=1e-2) for key in expected)
+    assert all(torch.allclose(expected[key], weights[key], atol=1e-3) for key in expected)
 
 
 # --------------------------------------------------------------------------------------------------- lost processes
@@ -202,12 +203,13 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(runs: Runs, tmp_path: 
     assert "Traceback" not in said
 
     # One process goes on from the end of an epoch.
+    caplog.set_level(logging.INFO)
     alone = tmp_path / "alone.pt"
     for name in (path.name, f"{path.name}.state", f"{path.name}.state.epoch"):
         if (tmp_path / name).exists():
             (tmp_path / name.replace("model", "alone")).write_bytes((tmp_path / name).read_bytes())
     best = train.run(*train.get_params(rich_flags(runs, alone, "--resume", "--batch_size=4")))
-    assert "resumed in 1 processes, where there were 2: from the end of epoch" in caplog.text
+    assert "processes: 1, where there were 2: resuming at the end of epoch" in caplog.text
     whole = json.loads((runs.root / "rich.pt.train.json").read_text())
     assert best["step"] == whole["best"]["step"]  # batches of 4 by one process are those of 2 by two
 
@@ -280,6 +282,36 @@ def test_launchers_and_stages(tmp_path: Path, launcher: str, stage: str) -> None
     assert ("2 processes" in said) == (launcher != "plain")
     deepspeed = {"": 2 if launcher == "accelerate" else 0}.get(stage, int(stage or 0))
     assert (f"ZeRO stage {deepspeed}" in said) == bool(deepspeed)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_and_resumed_with_deepspeed(tmp_path: Path, stage: int) -> None:
+    case = make_gpt(tmp_path / "gpt")
+
+    def flags(name: str, stage: int, *more: str) -> list[str]:
+        return case.train_flags("--epoch=4", "--eval_and_save_steps=1", "--batch_size=2", "--weight_decay=0.1",
+                                "--gradient_accumulation_steps=3", f"--zero_stage={stage}", "--measure=last",
+                                f"--save_path={tmp_path / name}.pt", f"--bert_output_dir={tmp_path / name}", *more)
+
+    join(in_processes("train.py", *flags("whole", stage)))
+    killed = in_processes("train.py", *flags("model", stage))
+    while not (tmp_path / "model.pt.state.epoch").exists():
+        assert killed[0].poll() is None, killed[0].communicate()[0]
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+        process.communicate()
+    for end in (".pt", ".pt.state", ".pt.state.epoch"):
+        (tmp_path / f"alone{end}").write_bytes((tmp_path / f"model{end}").read_bytes())
+    join(in_processes("train.py", *flags("model", stage, "--resume")))
+    assert same_weights(tmp_path / "model.pt", tmp_path / "whole.pt")
+    # Without DeepSpeed, in one process with batches of the same size as a whole.
+    (said,) = join(in_processes("train.py", *flags("alone", 0, "--resume", "--batch_size=4"), count=1))
+    assert "processes: 1, where there were 2" in said
+    assert history(tmp_path / "alone.pt")[-1]["train_loss"] == pytest.approx(
+        history(tmp_path / "whole.pt")[-1]["train_loss"], abs=1e-3)
 
 
 @pytest.mark.matrix
