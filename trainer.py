@@ -2,7 +2,11 @@
 
 At every evaluation (each --eval_and_save_steps steps and at the end of each epoch) two files are written: the
 checkpoint, if this is the best model so far, and `SAVE_PATH.state`, from which --resume goes on. A run killed at any
-moment and resumed goes through the same steps as one left alone, bit for bit on the CPU.
+moment and resumed goes through the same steps as one left alone, bit for bit on the CPU. Another number of processes
+goes on from the end of the last epoch, `SAVE_PATH.state.epoch`.
+
+An optimizer step's sentences are drawn as a whole, then cut into what a process computes at a time, so that neither
+accumulation nor the number of processes changes what is learned.
 """
 
 from __future__ import annotations

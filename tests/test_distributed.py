@@ -35,12 +35,12 @@ from util import load_checkpoint
 # 49 sentences in batches of 8: in the last batch, and in the last of the valid data, the second process has none.
 SIZES = (49, 17, 21)
 STEPS = ["--max_train_steps=50", "--epoch=20", "--patience=99", "--eval_and_save_steps=1"]
-FEWER = [*STEPS, "--max_train_steps=15"]
+FEWER = [*STEPS, "--max_train_steps=9"]
 WHOLE, HALF, QUARTERS, EIGHTHS = (
     [f"--batch_size={size}", f"--gradient_accumulation_steps={steps}", f"--eval_batch_size={size * steps}"]
     for size, steps in ((8, 1), (4, 1), (2, 4), (1, 4)))
 # Dropout of two kinds, averaging, accumulation, evaluations within an epoch: of a run that is killed.
-RICH = ["--epoch=8", "--batch_size=2", "--gradient_accumulation_steps=3", "--eval_and_save_steps=2",
+RICH = ["--epoch=6", "--batch_size=2", "--gradient_accumulation_steps=3", "--eval_and_save_steps=2",
         "--ema_decay=0.9", "--word_dropout=0.5", "--embedding_trainable", "--patience=99", "--measure=last"]
 TRAIN_ALL = """
 import json, os, sys, train, util
@@ -147,8 +147,8 @@ def rich_flags(made: Runs, path: Path, *more: str) -> list[str]:
 def test_same_course(runs: Runs, one: str, other: str, within: float) -> None:
     for key in ("train_loss", "valid_loss"):
         first, second = runs.curve(one, key), runs.curve(other, key)
-        assert len(first) == (15 if "zero" in one else 50) and first == pytest.approx(second, abs=within, rel=0)
-    assert runs.curve(one)[-1] < 0.9 * runs.curve(one)[0]  # it learns
+        assert len(first) == (9 if "zero" in one else 50) and first == pytest.approx(second, abs=within, rel=0)
+    assert runs.curve(one)[-1] < 0.97 * runs.curve(one)[0]  # it learns
     assert runs.curve(one, "valid_accuracy")[-1] == runs.curve(other, "valid_accuracy")[-1]
 
 
@@ -188,7 +188,7 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(runs: Runs, tmp_path: 
     flags = rich_flags(runs, path)
     killed = in_processes("train.py", *flags)
     draw = random.Random(3)
-    seen, target = set(), draw.randint(9, 20)
+    seen, target = set(), draw.randint(5, 12)
     while len(seen) < target:  # states
         assert all(process.poll() is None for process in killed), killed[0].communicate()[0]
         state = Path(f"{path}.state")
