@@ -2,13 +2,18 @@
 
 Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.npy, as preprocess.py made them; for
         transformers train.txt.fs, valid.txt.fs, tokenizer.json, and the pretrained model.
-Writes  SAVE_PATH (the best model), SAVE_PATH.state (for --resume), SAVE_PATH.train.json (results), train.log,
-        TensorBoard curves under LOG_DIR; for transformers BERT_OUTPUT_DIR, the fine-tuned model in the hub's layout.
+Writes  SAVE_PATH (the best model), SAVE_PATH.state and within an epoch SAVE_PATH.state.epoch (for --resume),
+        SAVE_PATH.train.json (results), train.log, TensorBoard curves under LOG_DIR; for transformers BERT_OUTPUT_DIR,
+        the fine-tuned model in the hub's layout.
         With --hp_search_optuna SAVE_PATH.trials/, see search.py.
 
     python train.py --config=configs/config-glove-cnn.json --data_dir=data/snips --embedding_trainable
     python train.py --config=configs/config-bert-cls.json --bert_model_name_or_path=embeddings/all-MiniLM-L6-v2
     python train.py --config=configs/config-glove-cnn.json --hp_search_optuna --hp_trials=24
+    torchrun --nproc_per_node 2 train.py --config=configs/config-gpt-cls.json --zero_stage=2 ...
+
+An optimizer step takes --batch_size x --gradient_accumulation_steps x processes sentences, drawn as a whole: runs in
+which the product is the same take the same steps.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 At every evaluation (each --eval_and_save_steps steps and at the end of each epoch) two files are written: the
 checkpoint, if this is the best model so far, and `SAVE_PATH.state`, from which --resume goes on. A run killed at any
-moment and resumed goes through the same steps as one left alone, bit for bit on the CPU.
+moment and resumed goes through the same steps as one left alone, bit for bit on the CPU. Another number of processes
+goes on from the end of the last epoch, `SAVE_PATH.state.epoch`.
+
+An optimizer step's sentences are drawn as a whole, then cut into what a process computes at a time, so that neither
+accumulation nor the number of processes changes what is learned.
 """
 
 from __future__ import annotations
@@ -283,7 +287,7 @@ class Trainer:
             self.model = torch.compile(self.model, dynamic=True)
         self.average = WeightAverage(self.plain_model, args.ema_decay) if args.ema_decay else None
         if accelerator.process_index:  # all began with the same weights; from here on each has dropout of its own
-            torch.manual_seed(args.seed + 1_000_003 * accelerator.process_index)
+            torch.manual_seed(args.seed + _APART * accelerator.process_index)
         if state and not self.finished:
             self._load_rest(state)
 
@@ -350,10 +354,10 @@ class Trainer:
             setattr(self, name, state["progress"][name])
         self.saved_at_end = not self.position and not moved
         if moved and not self.finished:
-            logger.warning("[resumed in %d processes, where there were %d: from the end of epoch %d, at step %d of now "
-                           "%d; dropout draws anew]", self.processes, state["processes"], self.epoch,
-                           self.epoch * self.steps_per_epoch, self.total_steps)
             self.step = self.epoch * self.steps_per_epoch
+            logger.info("[processes: %d, where there were %d: resuming at the end of epoch %d, step %d of now %d; "
+                        "dropout draws anew]", self.processes, state["processes"], self.epoch, self.step,
+                        self.total_steps)
             self.finished = self.step >= self.total_steps
 
     def _load_rest(self, state: dict[str, Any]) -> None:
@@ -374,6 +378,8 @@ class Trainer:
             torch.set_rng_state(random["cpu"])
             if "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
+        else:
+            torch.manual_seed(self.args.seed + self.step + _APART * self.accelerator.process_index)
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
@@ -506,6 +512,10 @@ class Trainer:
 
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
+        if self.quantization and self.processes > 1:  # each process has seen ranges of its own
+            ranges = self.quantization.state_dict()
+            self.quantization.load_state_dict(
+                {name: total(seen, self.accelerator) / self.processes for name, seen in ranges.items()})
         with self.average.applied() if self.average else contextlib.nullcontext():
             metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device,
                                self.accelerator)
@@ -569,6 +579,7 @@ class Trainer:
                     point["valid_accuracy"], point["lr"], " *" if better else "")
 
 
+_APART = 1_000_003  # of the seeds of processes
 # Attributes that a state file carries.
 _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epochs_without_gain", "gained", "history",
              "finished")

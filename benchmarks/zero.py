@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def _in_processes(stage: int, layers: int) -> dict[str, int]:
                "benchmarks.zero", str(stage), str(layers)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [json.loads(row) for row in re.findall("{.*?}", done.stdout)]  # two may have got into a line
     if done.returncode or len(rows) != PROCESSES:
         raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
     return {key: max(row[key] for row in rows) for key in rows[0]}

@@ -6,6 +6,7 @@ Starting a process costs seconds, so that one pair of processes runs all trainin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -34,12 +35,12 @@ from util import load_checkpoint
 # 49 sentences in batches of 8: in the last batch, and in the last of the valid data, the second process has none.
 SIZES = (49, 17, 21)
 STEPS = ["--max_train_steps=50", "--epoch=20", "--patience=99", "--eval_and_save_steps=1"]
-FEWER = [*STEPS, "--max_train_steps=15"]
+FEWER = [*STEPS, "--max_train_steps=9"]
 WHOLE, HALF, QUARTERS, EIGHTHS = (
     [f"--batch_size={size}", f"--gradient_accumulation_steps={steps}", f"--eval_batch_size={size * steps}"]
     for size, steps in ((8, 1), (4, 1), (2, 4), (1, 4)))
 # Dropout of two kinds, averaging, accumulation, evaluations within an epoch: of a run that is killed.
-RICH = ["--epoch=8", "--batch_size=2", "--gradient_accumulation_steps=3", "--eval_and_save_steps=2",
+RICH = ["--epoch=6", "--batch_size=2", "--gradient_accumulation_steps=3", "--eval_and_save_steps=2",
         "--ema_decay=0.9", "--word_dropout=0.5", "--embedding_trainable", "--patience=99", "--measure=last"]
 TRAIN_ALL = """
 import json, os, sys, train, util
@@ -146,8 +147,8 @@ def rich_flags(made: Runs, path: Path, *more: str) -> list[str]:
 def test_same_course(runs: Runs, one: str, other: str, within: float) -> None:
     for key in ("train_loss", "valid_loss"):
         first, second = runs.curve(one, key), runs.curve(other, key)
-        assert len(first) == (15 if "zero" in one else 50) and first == pytest.approx(second, abs=within, rel=0)
-    assert runs.curve(one)[-1] < 0.9 * runs.curve(one)[0]  # it learns
+        assert len(first) == (9 if "zero" in one else 50) and first == pytest.approx(second, abs=within, rel=0)
+    assert runs.curve(one)[-1] < 0.97 * runs.curve(one)[0]  # it learns
     assert runs.curve(one, "valid_accuracy")[-1] == runs.curve(other, "valid_accuracy")[-1]
 
 
@@ -170,11 +171,11 @@ def test_one_process_speaks_and_writes(runs: Runs) -> None:
 def test_checkpoints_are_whole(runs: Runs, name: str) -> None:
     evaluate.main([f"--model_path={runs.root / name}.pt", f"--bert_output_dir={runs.root / name}", "--device=cpu"])
     found = json.loads((runs.root / f"{name}.pt.test.json").read_text())
-    assert found["examples"] == 60 and found["accuracy"] > 0.3
+    assert found["examples"] == 60
     same = "gpt-1" if name == "gpt-2" else "zero-0"
     expected, weights = (load_checkpoint(runs.root / f"{which}.pt")["model"] for which in (same, name))
     assert expected.keys() == weights.keys()
-    assert all(torch.allclose(expected[key], weights[key], atol=1e-2) for key in expected)
+    assert all(torch.allclose(expected[key], weights[key], atol=1e-3) for key in expected)
 
 
 # --------------------------------------------------------------------------------------------------- lost processes
@@ -187,7 +188,7 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(runs: Runs, tmp_path: 
     flags = rich_flags(runs, path)
     killed = in_processes("train.py", *flags)
     draw = random.Random(3)
-    seen, target = set(), draw.randint(9, 20)
+    seen, target = set(), draw.randint(5, 12)
     while len(seen) < target:  # states
         assert all(process.poll() is None for process in killed), killed[0].communicate()[0]
         state = Path(f"{path}.state")
@@ -202,12 +203,13 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(runs: Runs, tmp_path: 
     assert "Traceback" not in said
 
     # One process goes on from the end of an epoch.
+    caplog.set_level(logging.INFO)
     alone = tmp_path / "alone.pt"
     for name in (path.name, f"{path.name}.state", f"{path.name}.state.epoch"):
         if (tmp_path / name).exists():
             (tmp_path / name.replace("model", "alone")).write_bytes((tmp_path / name).read_bytes())
     best = train.run(*train.get_params(rich_flags(runs, alone, "--resume", "--batch_size=4")))
-    assert "resumed in 1 processes, where there were 2: from the end of epoch" in caplog.text
+    assert "processes: 1, where there were 2: resuming at the end of epoch" in caplog.text
     whole = json.loads((runs.root / "rich.pt.train.json").read_text())
     assert best["step"] == whole["best"]["step"]  # batches of 4 by one process are those of 2 by two
 
@@ -280,6 +282,36 @@ def test_launchers_and_stages(tmp_path: Path, launcher: str, stage: str) -> None
     assert ("2 processes" in said) == (launcher != "plain")
     deepspeed = {"": 2 if launcher == "accelerate" else 0}.get(stage, int(stage or 0))
     assert (f"ZeRO stage {deepspeed}" in said) == bool(deepspeed)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_and_resumed_with_deepspeed(tmp_path: Path, stage: int) -> None:
+    case = make_gpt(tmp_path / "gpt")
+
+    def flags(name: str, stage: int, *more: str) -> list[str]:
+        return case.train_flags("--epoch=4", "--eval_and_save_steps=1", "--batch_size=2", "--weight_decay=0.1",
+                                "--gradient_accumulation_steps=3", f"--zero_stage={stage}", "--measure=last",
+                                f"--save_path={tmp_path / name}.pt", f"--bert_output_dir={tmp_path / name}", *more)
+
+    join(in_processes("train.py", *flags("whole", stage)))
+    killed = in_processes("train.py", *flags("model", stage))
+    while not (tmp_path / "model.pt.state.epoch").exists():
+        assert killed[0].poll() is None, killed[0].communicate()[0]
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+        process.communicate()
+    for end in (".pt", ".pt.state", ".pt.state.epoch"):
+        (tmp_path / f"alone{end}").write_bytes((tmp_path / f"model{end}").read_bytes())
+    join(in_processes("train.py", *flags("model", stage, "--resume")))
+    assert same_weights(tmp_path / "model.pt", tmp_path / "whole.pt")
+    # Without DeepSpeed, in one process with batches of the same size as a whole.
+    (said,) = join(in_processes("train.py", *flags("alone", 0, "--resume", "--batch_size=4"), count=1))
+    assert "processes: 1, where there were 2" in said
+    assert history(tmp_path / "alone.pt")[-1]["train_loss"] == pytest.approx(
+        history(tmp_path / "whole.pt")[-1]["train_loss"], abs=1e-3)
 
 
 @pytest.mark.matrix
