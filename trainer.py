@@ -394,7 +394,7 @@ class Trainer:
         if self.finished:
             logger.info("[%s is finished; nothing is left to resume]", self.args.save_path)
             return self.best
-        if not self.step:
+        if not self.step and not self.saved_at_end:
             self.save_state()  # so that --resume never finds another run's state in the place of this one's
         main = self.accelerator.is_main_process
         if main:
