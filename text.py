@@ -28,6 +28,15 @@ class InputError(Exception):
     """
 
 
+class FullDisk(InputError):
+    """There is no room for a file."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path}: cannot be written ({reason}); make room and start again (train.py with --resume): "
+                         "what was saved before is untouched.")
+        self.strerror = reason
+
+
 class Main(Protocol):
     """A stage's entry point."""
 
@@ -66,7 +75,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     When the block raises, or the process dies in it, whatever stood at `path` stays as it was.
 
     Raises:
-        InputError: `path` cannot be written to, or the disk is full.
+        InputError: `path` cannot be written to; FullDisk: there is no room.
     """
     path = Path(path)
     try:
@@ -91,14 +100,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def refuse_full_disk(path: Path, error: BaseException | None) -> None:
-    """Raise InputError if it was for want of room on the disk that writing `path` failed, however that was reported."""
+    """Raise FullDisk if it was for want of room on the disk that writing `path` failed, however that was reported."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if found := re.search(r"\(os error (\d+)\)", str(error)):  # as safetensors says it
             number = int(found[1])
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"{path}: cannot be written ({os.strerror(number)}); what was saved before is untouched. "
-                             "Make room and start again: train.py goes on with --resume.") from None
+            raise FullDisk(path, os.strerror(number)) from None
         error = error.__context__  # torch.save reports what comes of it
 
 

@@ -72,10 +72,11 @@ def choose_device(name: str | None) -> torch.device:
             if processes > devices > 0:
                 raise InputError(f"{processes} processes on this machine, and {devices} GPUs; start one for each GPU, "
                                  "or give --device=cpu.")
-            if processes > 1 or device.index is not None:  # accelerate takes the current one
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if processes > 1 else device.index)
-                torch.cuda.set_device(device)
+            if processes > 1:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # accelerate takes the current one
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, need not search for another
     except (RuntimeError, AssertionError, NotImplementedError) as error:

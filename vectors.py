@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from arrays import ArrayWriter, open_arrays
-from text import InputError, open_input
+from text import FullDisk, InputError, open_input
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def read_vectors(path: str | os.PathLike[str], cache: bool = True, max_words: in
                 pass
             _convert(path, cached, identity)
             vectors = _load(cached, identity)
-        except OSError as error:
+        except (OSError, FullDisk) as error:
             logger.warning("%s cannot be written (%s): the vectors will be parsed again each time.", cached,
                            error.strerror)
     if vectors is None:

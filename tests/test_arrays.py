@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_what_stood_there(tmp_path: Path, monkeypatch: pytest
 
     (tmp_path / "a").write_text("before")
     monkeypatch.setattr("arrays.shutil.copyfileobj", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         write_small(tmp_path / "a")
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "before"
 

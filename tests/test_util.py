@@ -106,7 +106,7 @@ def test_a_failed_save_leaves_the_checkpoint(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         saved(path, number=2.0)
     assert path.read_bytes() == first and len(list(Path().iterdir())) == 1
 
