@@ -1,6 +1,6 @@
 # make quickstart    install, then train a classifier on data/sample, make it small and fast, and try it
 # make test          the tests; make test-real: those on the real data sets and vectors;
-#                    make test-matrix: every transformer architecture through the stages and to ONNX
+#                    make test-matrix: every transformer architecture through the stages and to ONNX, every launcher
 # make lint          ruff and mypy
 
 PYTHON ?= python3

@@ -139,16 +139,17 @@ def kill_at(place: Place, flags: list[str], states: int, fraction: float) -> boo
 
 
 @pytest.mark.timeout(240)
-def test_sigkill_and_resume(encoded: Place, tmp_path: Path) -> None:
-    flags = [*RICH, "--epoch=12"]
+@pytest.mark.parametrize(("kills", "epochs"), [(3, 12), pytest.param(10, 40, marks=pytest.mark.matrix)])
+def test_sigkill_and_resume(encoded: Place, tmp_path: Path, kills: int, epochs: int) -> None:
+    flags = [*RICH, f"--epoch={epochs}"]
     alone = encoded.copy(tmp_path / "alone")
     train.main(alone.train_flags(*flags))
     draw = random.Random(1)
     killed = 0
-    for states in (0, draw.randint(1, 3), draw.randint(2, 5), draw.randint(2, 5)):
+    for states in (0, *(draw.randint(1, 5) for _ in range(kills))):
         killed += kill_at(encoded, encoded.train_flags(*flags, "--resume"), states, draw.random())
         check_whole(encoded)
-    assert killed >= 3
+    assert killed >= kills
     process = script("train.py", *encoded.train_flags(*flags, "--resume"))
     assert process.wait() == 0, process.communicate()[1]
     assert same_weights(alone.model, encoded.model) and results(alone)["history"] == results(encoded)["history"]
