@@ -187,14 +187,6 @@ class Search:
         return [trial for trial in self.study.get_trials(deepcopy=False)
                 if trial.state.name in ("RUNNING", "COMPLETE", "PRUNED") or "error" in trial.user_attrs]
 
-    def best(self) -> FrozenTrial | None:
-        """The first of those with the highest score."""
-        return max(self.complete(), key=lambda trial: (score(trial), -trial.number), default=None)
-
-    def complete(self) -> list[FrozenTrial]:
-        """Those that came to their end."""
-        return [trial for trial in self.trials() if trial.state.name == "COMPLETE"]
-
     def work(self) -> None:
         """Run trials until there are `total` of them, all ended."""
         waiting = False
@@ -276,15 +268,26 @@ class Search:
 
     def remove_beaten(self) -> None:
         """Remove the files of all ended trials but the best."""
-        best = self.best()
-        ended = {str(trial.number) for trial in self.study.get_trials(deepcopy=False)
-                 if trial.state.is_finished() and trial.number != (best.number if best else None)}
+        # Asked for once: a trial that ended between two answers would be among the ended, and not the best.
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        best = best_of(ended)
+        beaten = {str(trial.number) for trial in ended if trial is not best}
         for path in self.folder.glob("[0-9]*.*"):
-            if path.name.split(".")[0] in ended:
+            if path.name.split(".")[0] in beaten:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
                     path.unlink(missing_ok=True)
+
+
+def completed(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Those that came to their end."""
+    return [trial for trial in trials if trial.state.name == "COMPLETE"]
+
+
+def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The first of those with the highest score."""
+    return max(completed(trials), key=lambda trial: (score(trial), -trial.number), default=None)
 
 
 def score(trial: FrozenTrial) -> float:
@@ -398,7 +401,7 @@ def report(worker: Search) -> None:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    best = worker.best()
+    best = best_of(worker.trials())
     shown = [name for name in table[0] if name not in ("worker", "error")]
     cells = [shown] + [[_cell(row[name]) + " *" * (name == "trial" and best is not None and row[name] == best.number)
                         for name in shown] for row in table]
@@ -424,7 +427,7 @@ def draw(worker: Search, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    complete = worker.complete()
+    complete = completed(worker.trials())
     pruned = [trial for trial in worker.trials() if trial.state.name == "PRUNED"]
     picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
     for trials, mark, colour, label in ((complete, "o", "tab:blue", "complete"),
@@ -451,7 +454,7 @@ def importances(worker: Search) -> dict[str, float]:
     """The share of each flag (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255), largest first; empty: unknown."""
     import optuna
 
-    scores = [score(trial) for trial in worker.complete()]
+    scores = [score(trial) for trial in completed(worker.trials())]
     if len(scores) < 4 or len(set(scores)) < 2:
         return {}
     with warnings.catch_warnings():

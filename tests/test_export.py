@@ -277,7 +277,8 @@ def test_scales_of_training_on_words(encoded: Place, encoder: str, monkeypatch: 
     check_trained_scales(encoded.root)
 
 
-@pytest.mark.parametrize("name", ["BERT", "GPT-2", "ALBERT", "SqueezeBERT"])
+@pytest.mark.parametrize("name", ["BERT", *(pytest.param(name, marks=pytest.mark.matrix)
+                                           for name in ("GPT-2", "ALBERT", "SqueezeBERT"))])
 def test_scales_of_training_in_transformers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
     case = make_case(tmp_path / "case", name)

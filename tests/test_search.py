@@ -184,6 +184,29 @@ def test_a_journal_does_not_wait_for_other_hosts(encoded: Place) -> None:
     assert found["COMPLETE"] + found["PRUNED"] == 2 and found["RUNNING"] == 1  # there it may go on
 
 
+def test_a_best_trial_that_ends_meanwhile_keeps_its_files(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    for number in range(2):
+        (tmp_path / f"{number}.pt").touch()
+    asked = study.get_trials
+
+    def get_trials(**options: Any) -> list[optuna.trial.FrozenTrial]:
+        """As they are, and right afterwards another worker's better trial ends."""
+        before = asked(**options)
+        if len(before) == 1:
+            study.add_trial(optuna.trial.create_trial(value=0.9))
+        return before
+
+    worker = search.Search(study, False, {}, [], tmp_path, 2, train.make_parser(), train.get_params, train.run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "get_trials", get_trials)
+        worker.remove_beaten()
+        assert (tmp_path / "1.pt").exists()
+    worker.remove_beaten()
+    assert [path.name for path in tmp_path.iterdir()] == ["1.pt"]
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", STORAGES)
