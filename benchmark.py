@@ -53,6 +53,9 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
                        help="word vectors, or none (default: %(default)s)")
     files.add_argument("--results", default="results", help="folder of the JSON files (default: %(default)s)")
     files.add_argument("--scratch", default=".bench", help="folder to work in, about 3 GB (default: %(default)s)")
+    files.add_argument("--checkpoints", metavar="FOLDER",
+                       help="inference, accuracy: keep the trained models here, take those that are there, and go on "
+                            "with those that were cut off (default: train anew)")
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
@@ -60,8 +63,6 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     inference = parser.add_argument_group("inference")
     inference.add_argument("--inference_models", nargs="+", default=list(AIMS), choices=list(AIMS), metavar="MODEL",
                            help=f"(default: {' '.join(AIMS)})")
-    inference.add_argument("--checkpoints", metavar="FOLDER",
-                           help="keep the trained models here, and take those that are there (default: train anew)")
     inference.add_argument("--num_threads", type=positive_int, default=2, help="(default: 2)")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             if name == "accuracy":
                 plan = Plan(Path(args.results), args.command, args.data_sets, args.models, args.seeds,
                             args.embedding_path, args.force, args.folds, args.sizes.train_flags, args.sizes.settings,
-                            args.bert_model_name_or_path)
+                            args.bert_model_name_or_path, Path(args.checkpoints) if args.checkpoints else None)
                 measure_accuracy(plan, folder)
             else:
                 from util import write_json

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,7 @@ class Plan:
         train_flags: more of them for all models.
         settings: how many of its settings a baseline tries at most.
         bert: the pretrained transformer of the models that have one.
+        checkpoints: where each run's files stay, so that a run cut off goes on; None: nowhere.
     """
 
     results: Path
@@ -125,6 +127,7 @@ class Plan:
     train_flags: str = ""
     settings: int = 1000
     bert: str = "embeddings/all-MiniLM-L6-v2"
+    checkpoints: Path | None = None
 
 
 def measure_accuracy(plan: Plan, folder: Path) -> None:
@@ -183,7 +186,8 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
             key = {"data_set": shown, "model": model, "seed": seed,
                    "recipe": digest(json.dumps([config, flags, *([] if fold else [facts])])),
                    "code": digest("".join([code_hash(), *texts])) if fold else code_hash()}
-            finish(plan, key, about, partial(run, seed))
+            kept = plan.checkpoints and plan.checkpoints / f"{data.name}-{model}-{seed}"
+            finish(plan, key, about, partial(run, seed, kept))
     for baseline, (fit, settings) in BASELINES.items():
         settings = settings[: plan.settings]
         key = {"data_set": shown, "model": baseline, "seed": fold,
@@ -266,14 +270,20 @@ def encoded_facts(data: Path) -> dict[str, Any]:
             "table": splits[0]["table"], "vectors": vocabulary - splits[0]["own_rows"]}
 
 
-def train_and_test(data: Path, config: str, flags: list[str], seed: int) -> dict[str, Any]:
-    """Run train.py and evaluate.py, on encoded data and once more on raw text, one sentence at a time."""
-    with tempfile.TemporaryDirectory(dir=data) as folder:
+def train_and_test(data: Path, config: str, flags: list[str], seed: int, kept: Path | None) -> dict[str, Any]:
+    """Run train.py and evaluate.py, on encoded data and once more on raw text, one sentence at a time.
+
+    Args:
+        kept: the folder of the run's files; None: one that is removed at the end.
+    """
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(dir=data) as folder:
         model = f"{folder}/model.pt"
         common = (f"--config={config}", f"--data_dir={data}")
         start = time.perf_counter()
         run_stage("train.py", *common, *flags, f"--seed={seed}", f"--save_path={model}", f"--log_dir={folder}/runs",
-                  f"--log_path={folder}/train.log", f"--bert_output_dir={folder}/bert")
+                  f"--log_path={folder}/train.log", f"--bert_output_dir={folder}/bert", "--resume")
         seconds = time.perf_counter() - start
         run_stage("evaluate.py", *common, f"--model_path={model}")
         test = json.loads(Path(f"{model}.test.json").read_text())
