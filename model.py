@@ -237,6 +237,8 @@ class CLSEncoder(nn.Module):
         super().__init__()
         self.last = embedding.classify_by == "last"
         self.output_size = embedding.output_size
+        if not self.last:
+            embedding.read_first_only()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, T, D], mask [B, T] -> [B, D]."""

@@ -22,7 +22,7 @@ from benchmarks.accuracy import code_hash
 from dataset import EncodedData, pad
 from model import load_classifier
 from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
-from transformer import layer_lists, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
+from transformer import layer_lists, layer_parts, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
 from util import load_checkpoint
 
 # A model of each way in which architectures differ; the matrix has them all.
@@ -336,6 +336,25 @@ def test_resume_and_seed(bert: Case) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- flags
+
+
+def test_what_nobody_reads_is_not_computed(bert: Case) -> None:
+    """The last layer's feed-forward part sees one token of each sentence; logits and gradients are those of all."""
+    checkpoint = load_checkpoint(bert.root / "model.pt")
+    ids, mask = torch.tensor([[2, 9, 8, 7], [2, 6, 0, 0]]), torch.tensor([[True] * 4, [True, True, False, False]])
+    found = []
+    for whole in (False, True):
+        model = load_classifier(checkpoint, []).eval()
+        if whole:
+            model.embedding.keep_output(attentions=False)
+        seen: list[int] = []
+        layer_parts(model.embedding.transformer)[-1].outer.register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0].shape[1]))
+        out = model(ids, mask)
+        assert seen == [4 if whole else 1]
+        out.square().sum().backward()
+        found.append([out, *(weight.grad for weight in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_feature_based(bert: Case) -> None:
