@@ -2,11 +2,12 @@
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
 Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png, scale.json,
-        zero.json, accuracy.json and .png; Markdown tables on standard output.
+        chain.json and .png, zero.json, accuracy.json and .png; Markdown tables on standard output.
 
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
+    python benchmark.py chain               how a teacher and its students answer, from what accuracy left in --checkpoints
     python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
     python benchmark.py table               print again what RESULTS holds
 
@@ -32,8 +33,9 @@ from typing import Any
 from tqdm import tqdm
 
 from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int, positive_int
-from benchmarks.accuracy import CONFIGS, Plan, encode, measure_accuracy, newest_rows, run_stage
+from benchmarks.accuracy import CONFIGS, TAUGHT, Plan, encode, measure_accuracy, newest_rows, run_stage
 from benchmarks.augment import measure_augmentation
+from benchmarks.chain import measure_chain
 from benchmarks.finetune import measure_finetuning
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
@@ -67,7 +69,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
                           help="folders, by path or by their name under data/ (default: snips sst2)")
-    words = [model for model, config in CONFIGS.items() if "bert" not in config]
+    words = [model for model, config in CONFIGS.items() if "bert" not in config and model not in TAUGHT]
     accuracy.add_argument("--models", nargs="*", default=words, choices=list(CONFIGS), metavar="MODEL",
                           help=f"of {' '.join(CONFIGS)} (default: {' '.join(words)})")
     accuracy.add_argument("--seeds", nargs="+", type=natural_int,
@@ -221,7 +223,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "augment": measure_augmentation,
     "finetune": measure_finetuning, "inference": measure_inference, "scale": measure_scale,
 }
-BY_NAME = {"zero": measure_zero}  # several processes: only where asked for
+BY_NAME = {"chain": measure_chain, "zero": measure_zero}  # trained models, several processes: only where asked for
 VERBS = (*MEASURES, *BY_NAME, "accuracy", "table")
 
 
@@ -243,7 +245,7 @@ def show(args: argparse.Namespace, verbs: list[str]) -> None:
         else:
             result = json.loads(path.read_text(encoding="utf-8"))
             print(figures_table(result))
-            if name == "inference":
+            if name in ("chain", "inference"):
                 draw_inference(result["points"], path.with_suffix(".png"))
 
 

@@ -2,6 +2,9 @@
 
 The models run through the stages, as a user runs them, with the flags of the table below. Each finished one is
 written to accuracy.json at once, and is not run again while its data, its recipe and the code stay the same.
+
+Students (those of TAUGHT) need --checkpoints: their teachers' models, and the text that a teacher has labelled, stay
+there from one run to the next.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train.txt", "valid.txt", "test.txt")
 
-# The accuracy table's rows: each model's config; by data set, train.py's flags for it (those of README.md) and seeds.
+# The accuracy table's rows: each model's config; by data set, the flags for it (those of README.md, DISTILLATION.md and
+# FASTFORMERS.md) of train.py, or of fastformers.py, and seeds.
 CONFIGS = {
     "gnb": "configs/config-glove-gnb.json",
     "cnn": "configs/config-glove-cnn.json",
@@ -46,11 +50,24 @@ CONFIGS = {
     "densenet-dsa": "configs/config-densenet-dsa.json",
     "minilm-cls": "configs/config-bert-cls.json",
     "minilm-cnn": "configs/config-bert-cnn.json",
+    "cnn-taught": "configs/config-glove-cnn.json",
+    "densenet-cnn-taught": "configs/config-densenet-cnn.json",
+    "densenet-dsa-taught": "configs/config-densenet-dsa.json",
+    "minilm-3": "configs/config-bert-cls.json",
+    "minilm-3-taught": "configs/config-bert-cls.json",
+    "minilm-3-mpl": "configs/config-bert-cls.json",
+    "minilm-3-pruned": "configs/config-bert-cls.json",
 }
+TEACHER = "minilm-cls"
+TAUGHT = [model for model in CONFIGS if model.endswith(("-taught", "-mpl", "-pruned"))]
+AUGMENTATION = {"sst2": "--n_iter=5", "snips": "--n_iter=10"}  # augment_data.py's flags by data set
 ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
 SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases repeat: one pass is enough
 TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
+BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE} --measure=accuracy"
+STUDENT = f"{MINILM} --epoch=3 --measure=accuracy --student_init_layers=0,2,4 --kd_temperature=2"
+# {MODEL} is the model of that name on the same data set, {augmented} the augmented text.
 RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
     ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),
     ("snips", "cnn"): (TRAINABLE, [1, 2, 3]),
@@ -65,10 +82,23 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("sst2", "densenet-dsa"): (f"{TRAINABLE} {SST2}", [1]),
     ("sst2", "minilm-cls"): (f"{MINILM} --epoch=3 --measure=accuracy", [1, 2, 3]),
     ("sst2", "minilm-cnn"): (f"{MINILM} --epoch=3 --measure=accuracy", [1, 2, 3]),
+    ("snips", "cnn-taught"): (f"{BY_LOGITS} --epoch=10", [1, 2, 3]),
+    ("snips", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
+    ("snips", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
+    ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=3", [1, 2, 3]),
+    ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
+    ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
+    ("sst2", "minilm-3"): (f"{MINILM} --epoch=3 --measure=accuracy --bert_remove_layers=1,3,5", [1]),
+    ("sst2", "minilm-3-taught"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT}", [1]),
+    ("sst2", "minilm-3-mpl"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT} "
+                               "--mpl_data_path={augmented}", [1]),
+    ("sst2", "minilm-3-pruned"): ("--do_prune --model_path={minilm-3-taught} --target_num_heads=6 "
+                                  f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=accuracy", [1]),
 }
 # What a row depends on; another version of it makes the row stale.
 DECISIVE = ("preprocess.py", "train.py", "trainer.py", "model.py", "dataset.py", "text.py", "vectors.py",
             "transformer.py")
+DECISIVE_FOR_STUDENTS = ("augment_data.py", "fastformers.py", "distillation.py", "pseudo_labels.py", "pruning.py")
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
@@ -166,27 +196,36 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
     texts = [sha256(data / split) for split in SPLITS]
     for model in plan.models:
         config = load_config(CONFIGS[model])
-        kind = encoded_kind(config)
         recipe, seeds = RECIPES.get((name, model), ("", [1]))
         flags = [*recipe.split(), *plan.train_flags.split()]
-        if kind == "ids":
-            encode(source, data, CONFIGS[model], f"--embedding_path={plan.embedding_path}",
-                   *ENCODING.get(name, "").split())
+        encoding = encoding_flags(name, config, plan.embedding_path, plan.bert)
+        encode(source, data, CONFIGS[model], *encoding)
+        if encoded_kind(config) == "ids":
             facts = encoded_facts(data)
             about = {"file": Path(plan.embedding_path).name, "words": facts["vectors"]}
         else:
-            pretrained = f"--bert_model_name_or_path={plan.bert}"
-            encode(source, data, CONFIGS[model], pretrained)
             facts = {"texts": texts, "model": weights_sha256(plan.bert)}
             about = {"file": Path(plan.bert).name, "words": None}
-            flags = [pretrained, *flags]
+            flags = [*encoding, *flags]
+        code = code_hash()
+        used = flags
+        if model in TAUGHT:
+            code = code_hash((*DECISIVE, *DECISIVE_FOR_STUDENTS))
+            used, facts["teachers"] = find_teachers(plan, source, data, flags)
+            if "--augmented" in flags:
+                place = augmented_text(plan, source, data.name, name)
+                facts["augmented"] = sha256(place)
+                for file in (place, *place.parent.glob("logits-*.json")):
+                    shutil.copyfile(file, data / file.name)
+                run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}", *encoding,
+                          "--augmented", f"--augmented_filename={place.name}")
         about = {"flags": flags, "config": config, "embedding": about}
-        run = partial(train_and_test, data, CONFIGS[model], flags)
+        run = partial(train_and_test, data, CONFIGS[model], used)
         for seed in [fold] if fold else plan.seeds or seeds:
             key = {"data_set": shown, "model": model, "seed": seed,
                    "recipe": digest(json.dumps([config, flags, *([] if fold else [facts])])),
-                   "code": digest("".join([code_hash(), *texts])) if fold else code_hash()}
-            kept = plan.checkpoints and plan.checkpoints / f"{data.name}-{model}-{seed}"
+                   "code": digest("".join([code, *texts])) if fold else code}
+            kept = plan.checkpoints and run_folder(plan.checkpoints, data.name, model, seed)
             finish(plan, key, about, partial(run, seed, kept))
     for baseline, (fit, settings) in BASELINES.items():
         settings = settings[: plan.settings]
@@ -194,6 +233,60 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
                "recipe": digest(json.dumps([settings, *([] if fold else [texts])])),
                "code": digest("".join([inspect.getsource(fit), inspect.getsource(tune), *(texts if fold else [])]))}
         finish(plan, key, {}, partial(tune, fit, settings, data))
+
+
+def encoding_flags(name: str, config: dict[str, Any], embedding_path: str, bert: str) -> list[str]:
+    """preprocess.py's flags for a model on the data set that RECIPES knows as `name`."""
+    if encoded_kind(config) == "ids":
+        return [f"--embedding_path={embedding_path}", *ENCODING.get(name, "").split()]
+    return [f"--bert_model_name_or_path={bert}"]
+
+
+def run_folder(checkpoints: Path, data_set: str, model: str, seed: int) -> Path:
+    """Where --checkpoints keeps a run's files."""
+    return checkpoints / f"{data_set}-{model}-{seed}"
+
+
+def kept_model(checkpoints: Path | None, data_set: str, model: str) -> Path:
+    """The first seed's model that stands in --checkpoints."""
+    seed = RECIPES.get((data_set, model), ("", [1]))[1][0]
+    path = run_folder(checkpoints or Path(), data_set, model, seed) / "model.pt"
+    if not checkpoints or not Path(f"{path}.train.json").exists():  # which a finished run leaves
+        raise InputError(f"{model} on {data_set} is needed and not in --checkpoints; run benchmark.py accuracy "
+                         f"--data_sets {data_set} --models {model} --checkpoints=FOLDER first, and name its folder.")
+    return path
+
+
+def find_teachers(plan: Plan, source: Path, data: Path, flags: list[str]) -> tuple[list[str], list[str]]:
+    """Flags with the paths of the models and the text that they name, and the models' checksums."""
+    models = {model: kept_model(plan.checkpoints, data.name, model)
+              for model in CONFIGS if any(f"{{{model}}}" in flag for flag in flags)}
+    places: dict[str, Path] = dict(models)
+    if any("{augmented}" in flag for flag in flags):
+        places["augmented"] = augmented_text(plan, source, data.name, data.name)
+    return [flag.format_map(places) for flag in flags], [sha256(path) for path in models.values()]
+
+
+def augmented_text(plan: Plan, source: Path, data_set: str, name: str) -> Path:
+    """The training text augmented, with the teacher's logits and their record beside it; made once."""
+    teacher = kept_model(plan.checkpoints, data_set, TEACHER)
+    folder = teacher.parent.parent / f"{data_set}-augmented"
+    path = folder / "augmented.txt"
+    if path.exists():
+        return path
+    common = (f"--config={CONFIGS[TEACHER]}", f"--data_dir={folder}")
+    onnx = (f"--onnx_path={folder / 'teacher.onnx'}", "--num_threads=0")
+    encoding = encoding_flags(name, load_config(CONFIGS[TEACHER]), plan.embedding_path, plan.bert)
+    encode(source, folder, CONFIGS[TEACHER], *encoding)
+    run_stage("augment_data.py", f"--input={folder / SPLITS[0]}", f"--output={folder / 'augmented.raw'}", "--lower",
+              "--parallel", *AUGMENTATION.get(name, "").split())
+    run_stage("preprocess.py", *common, *encoding, "--augmented")
+    run_stage("evaluate.py", *common, f"--model_path={teacher}", "--convert_onnx", *onnx)
+    run_stage("evaluate.py", *common, f"--model_path={teacher}", "--enable_ort", *onnx, "--augmented",
+              "--batch_size=128")
+    shutil.copyfile(folder / "augmented.raw.pred", folder / "partial")
+    os.replace(folder / "partial", path)
+    return path
 
 
 def finish(plan: Plan, key: dict[str, Any], about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
@@ -242,10 +335,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def code_hash() -> str:
+def code_hash(files: tuple[str, ...] = DECISIVE) -> str:
     """A checksum of the code that decides a model's accuracy, but for its comments, docstrings and layout."""
     trees = []
-    for name in DECISIVE:
+    for name in files:
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -282,8 +375,14 @@ def train_and_test(data: Path, config: str, flags: list[str], seed: int, kept: P
         model = f"{folder}/model.pt"
         common = (f"--config={config}", f"--data_dir={data}")
         start = time.perf_counter()
-        run_stage("train.py", *common, *flags, f"--seed={seed}", f"--save_path={model}", f"--log_dir={folder}/runs",
-                  f"--log_path={folder}/train.log", f"--bert_output_dir={folder}/bert", "--resume")
+        script, places = "train.py", ["", *(["_pruned"] if "--do_prune" in flags else [])]
+        if {"--do_distill", "--do_prune"} & set(flags):
+            script = "fastformers.py"
+        if not any(flag.startswith("--mpl_data_path") for flag in flags):
+            flags = [*flags, "--resume"]
+        run_stage(script, *common, *flags, f"--seed={seed}", f"--log_dir={folder}/runs",
+                  f"--log_path={folder}/train.log", *(f"--save_path{of}={model}" for of in places),
+                  *(f"--bert_output_dir{of}={folder}/bert" for of in places))
         seconds = time.perf_counter() - start
         run_stage("evaluate.py", *common, f"--model_path={model}")
         test = json.loads(Path(f"{model}.test.json").read_text())

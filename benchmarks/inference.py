@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from arguments import load_config
-from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, run_stage
+from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, encoding_flags, run_stage
 from benchmarks.measure import Sizes, figure, interleave
 from text import InputError, Lines
 
@@ -48,7 +48,7 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         case = Case(name, args, source, folder / name)
         case.prepare()
         sides, counts = case.sides()
-        times = case.time(sides, sizes.rounds)
+        times = time_answers(sides, case.sentences, sizes.rounds, name)
         rows = summarize(times, counts)
         points += [{"model": name, "form": side, **row} for side, row in rows.items()]
         figures += ratios(name, rows)
@@ -100,15 +100,17 @@ class Case:
         name: as the accuracy table has it.
         source: the data set's raw text.
         folder: to work in.
+        model: its checkpoint; None: in --checkpoints, or to be trained.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, source: Path, folder: Path) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, source: Path, folder: Path,
+                 model: Path | None = None) -> None:
         self.name = name
         self.args = args
         self.folder = folder
         self.source = source
         self.data = folder / "data"
-        self.model = Path(args.checkpoints or folder) / f"{name}.pt"
+        self.model = model or Path(args.checkpoints or folder) / f"{name}.pt"
         self.onnx, self.int8 = folder / "model.onnx", folder / "model.int8.onnx"
         examples = list(Lines(source / SPLITS[2]))[: args.sizes.sentences]
         self.sentences = [example.sentence for example in examples]
@@ -117,16 +119,16 @@ class Case:
     def prepare(self) -> None:
         """Encode, train where --checkpoints has no model yet, export."""
         config = CONFIGS[self.name]
-        transformer = load_config(config)["emb_class"] != "glove"
-        pretrained = f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"
-        encode(self.source, self.data, config,
-               pretrained if transformer else f"--embedding_path={self.args.embedding_path}")
+        encoding = encoding_flags(self.source.name, load_config(config), self.args.embedding_path,
+                                  self.args.bert_model_name_or_path)
+        encode(self.source, self.data, config, *encoding)
         common = (f"--config={config}", f"--data_dir={self.data}")
         if self.model.exists():
             logger.info("[%s: trained before, %s]", self.name, self.model)
         else:
             recipe = RECIPES["snips", self.name][0].split()
-            run_stage("train.py", *common, *recipe, *([pretrained] if transformer else []), "--epoch=2", "--seed=1",
+            pretrained = [flag for flag in encoding if flag.startswith("--bert")]
+            run_stage("train.py", *common, *recipe, *pretrained, "--epoch=2", "--seed=1",
                       *self.args.sizes.train_flags.split(), f"--save_path={self.model}",
                       f"--log_dir={self.folder / 'runs'}", f"--log_path={self.folder / 'train.log'}",
                       f"--bert_output_dir={self.folder / 'bert'}")
@@ -176,22 +178,6 @@ class Case:
                   for side, answer in sides.items()}  # warms up, too
         return sides, counts
 
-    def time(self, sides: dict[str, Answer], rounds: int) -> dict[str, list[float]]:
-        """Milliseconds of each sentence by each form, in turns of fifty sentences."""
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        with tqdm(total=rounds * len(self.sentences), unit="sentence", desc=self.name, disable=None) as bar:
-            for _ in range(rounds):
-                for start in range(0, len(self.sentences), 50):
-                    turn = self.sentences[start : start + 50]
-                    for side, answer in sides.items():
-                        answer(turn[0])  # the others have used the cache
-                        for sentence in turn:
-                            begin = time.perf_counter()
-                            answer(sentence)
-                            times[side].append(1000 * (time.perf_counter() - begin))
-                    bar.update(len(turn))
-        return times
-
     def batches(self, rounds: int) -> dict[str, float]:
         """Sentences a second in batches of 64 of like length, beside one at a time and beside OpenVINO's."""
         from inference import load
@@ -232,6 +218,23 @@ class Case:
 
         sides: dict[str, Callable[[], float]] = {way: partial(start, flags) for way, flags in ways.items()}
         return {way: statistics.median(values) for way, values in interleave(sides, rounds, warm_up=True).items()}
+
+
+def time_answers(sides: dict[str, Answer], sentences: list[str], rounds: int, shown: str) -> dict[str, list[float]]:
+    """Milliseconds of each sentence by each side, in turns of fifty sentences."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    with tqdm(total=rounds * len(sentences), unit="sentence", desc=shown, disable=None) as bar:
+        for _ in range(rounds):
+            for start in range(0, len(sentences), 50):
+                turn = sentences[start : start + 50]
+                for side, answer in sides.items():
+                    answer(turn[0])  # the others have used the cache
+                    for sentence in turn:
+                        begin = time.perf_counter()
+                        answer(sentence)
+                        times[side].append(1000 * (time.perf_counter() - begin))
+                bar.update(len(turn))
+    return times
 
 
 def plain_session(model: Any, path: Path, num_threads: int) -> Any:

@@ -207,7 +207,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Stages replaced by a list of what was trained."""
     done: list[tuple[str, int]] = []
 
-    def train_and_test(data: Path, config: str, flags: list[str], seed: int) -> dict[str, Any]:
+    def train_and_test(data: Path, config: str, flags: list[str], seed: int, kept: Path | None) -> dict[str, Any]:
         if len(done) == 2 and seed == 3:
             raise KeyboardInterrupt
         done.append((Path(config).stem, seed))
@@ -240,7 +240,7 @@ def test_accuracy_resumes(encoded: Place, configs: None, trained: list[tuple[str
     run(*argv, "--force")
     assert len(trained[3:]) == 6 and len(result("accuracy")["rows"]) == 7
     del trained[3:]
-    monkeypatch.setattr(accuracy, "code_hash", lambda: "another")  # the old rows are replaced
+    monkeypatch.setattr(accuracy, "code_hash", lambda *files: "another")  # the old rows are replaced
     run(*argv[:4], "gnb", "--seeds", 1)
     assert trained[3:] == [("gnb", 1)] and len(result("accuracy")["rows"]) == 7
 
