@@ -7,7 +7,7 @@ Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.js
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
-    python benchmark.py chain               how a teacher and its students answer, from what accuracy left in --checkpoints
+    python benchmark.py chain               how a teacher and its students, left in --checkpoints by accuracy, answer
     python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
     python benchmark.py table               print again what RESULTS holds
 
