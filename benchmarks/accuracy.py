@@ -196,6 +196,9 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
     texts = [sha256(data / split) for split in SPLITS]
     for model in plan.models:
         config = load_config(CONFIGS[model])
+        if model in TAUGHT and (name, model) not in RECIPES:
+            raise InputError(f"{model}: there is no recipe for it on {name}; the data set's folder has to be called "
+                             f"{' or '.join(known for known, one in RECIPES if one == model)}.")
         recipe, seeds = RECIPES.get((name, model), ("", [1]))
         flags = [*recipe.split(), *plan.train_flags.split()]
         encoding = encoding_flags(name, config, plan.embedding_path, plan.bert)

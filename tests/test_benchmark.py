@@ -262,6 +262,46 @@ def test_a_new_recipe_keeps_the_old_rows_and_shows_the_new(encoded: Place, confi
     assert capsys.readouterr().out == printed
 
 
+def test_a_student_needs_its_teacher(encoded: Place, trained: list[Any]) -> None:
+    argv = ("accuracy", "--models", "cnn-taught", "--embedding_path=none", "--data_sets")
+    assert "no recipe for it on data; the data set's folder has to be called" in refusal(benchmark.main, *argv,
+                                                                                         encoded.data)
+    named = encoded.data.rename(encoded.data.parent / "sst2")
+    assert "--models minilm-cls --checkpoints=FOLDER first" in refusal(benchmark.main, *argv, named)
+    assert trained == []
+
+
+@pytest.mark.matrix
+def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
+                  capsys: pytest.CaptureFixture[str]) -> None:
+    """A teacher, the text that it labels, students of both kinds, a pruned one; then what each answers in."""
+    source, bert = raw.data.rename(raw.data.parent / "sst2"), raw.data.parent / "bert"
+    make_model("BERT", bert, [example.sentence for example in accuracy.Lines(source / "train.txt")])
+    monkeypatch.setitem(accuracy.CONFIGS, "cnn-taught", accuracy.CONFIGS["cnn"])
+    monkeypatch.setitem(accuracy.AUGMENTATION, "sst2", "--n_iter=2 --analyzer=hanta")
+    for model in ("minilm-3-taught", "minilm-3-pruned"):
+        flags = accuracy.RECIPES["sst2", model][0].replace("0,2,4", "0").replace("heads=6", "heads=1")
+        monkeypatch.setitem(accuracy.RECIPES, ("sst2", model), (flags.replace("dim=512", "dim=8"), [1]))
+    models = ("minilm-cls", "cnn-taught", "minilm-3-taught", "minilm-3-pruned")
+    argv = ("accuracy", "--data_sets", source, "--seeds", 1, "--checkpoints=kept", f"--embedding_path={raw.vectors}",
+            f"--bert_model_name_or_path={bert}", "--models", *models)
+    run(*argv)
+    rows = {row["model"]: row for row in result("accuracy")["rows"]}
+    assert set(models) < set(rows)
+    assert "--model_path={minilm-3-taught}" in rows["minilm-3-pruned"]["flags"]
+    labelled = Path("kept/sst2-augmented/augmented.txt").read_text().splitlines()
+    assert len(labelled) > 100 and len(labelled[0].split("\t")[1].split()) > 1
+    assert json.loads(Path("kept/sst2-cnn-taught-1/model.pt.train.json").read_text())["flags"]["augmented"]
+
+    capsys.readouterr()
+    run("chain", f"--data_dir={source}", "--checkpoints=kept", f"--embedding_path={raw.vectors}",
+        f"--bert_model_name_or_path={bert}", "--num_threads=1")
+    found = check_figures("chain", capsys.readouterr().out, 3 * len(models) + 1)
+    sizes = {(point["model"], point["form"]): point["mb"] for point in found["points"]}
+    assert sizes["minilm-3-pruned", "ONNX"] < sizes["minilm-3-taught", "ONNX"] < sizes["minilm-cls", "ONNX"]
+    assert Path("results/chain.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_folds_hold_each_training_sentence_out_once(raw: Place, tmp_path: Path) -> None:
     whole = (raw.data / "train.txt").read_text().splitlines()
     tested = []
