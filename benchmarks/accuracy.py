@@ -66,7 +66,7 @@ SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases re
 TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
 BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE} --measure=accuracy"
-STUDENT = f"{MINILM} --epoch=3 --measure=accuracy --student_init_layers=0,2,4 --kd_temperature=2"
+STUDENT = f"{MINILM} --epoch=2 --measure=accuracy --student_init_layers=0,2,4 --kd_temperature=2"
 # {MODEL} is the model of that name on the same data set, {augmented} the augmented text.
 RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
     ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),
@@ -85,10 +85,10 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("snips", "cnn-taught"): (f"{BY_LOGITS} --epoch=10", [1, 2, 3]),
     ("snips", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
     ("snips", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
-    ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=3", [1, 2, 3]),
-    ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
-    ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
-    ("sst2", "minilm-3"): (f"{MINILM} --epoch=3 --measure=accuracy --bert_remove_layers=1,3,5", [1]),
+    ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1, 2, 3]),
+    ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=1", [1]),
+    ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=1", [1]),
+    ("sst2", "minilm-3"): (f"{MINILM} --epoch=2 --measure=accuracy --bert_remove_layers=1,3,5", [1]),
     ("sst2", "minilm-3-taught"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT}", [1]),
     ("sst2", "minilm-3-mpl"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT} "
                                "--mpl_data_path={augmented}", [1]),
