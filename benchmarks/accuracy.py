@@ -65,8 +65,8 @@ ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, ov
 SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases repeat: one pass is enough
 TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
-BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE} --measure=accuracy"
-STUDENT = f"{MINILM} --epoch=2 --measure=accuracy --student_init_layers=0,2,4 --kd_temperature=2"
+BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
+STUDENT = f"{MINILM} --epoch=2 --measure=last --student_init_layers=0,2,4 --kd_temperature=2"
 # {MODEL} is the model of that name on the same data set, {augmented} the augmented text.
 RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
     ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),
@@ -88,12 +88,12 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1, 2, 3]),
     ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=1", [1]),
     ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=1", [1]),
-    ("sst2", "minilm-3"): (f"{MINILM} --epoch=2 --measure=accuracy --bert_remove_layers=1,3,5", [1]),
+    ("sst2", "minilm-3"): (f"{MINILM} --epoch=1 --rdrop=1 --measure=loss --bert_remove_layers=1,3,5", [1]),
     ("sst2", "minilm-3-taught"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT}", [1]),
     ("sst2", "minilm-3-mpl"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT} "
                                "--mpl_data_path={augmented}", [1]),
     ("sst2", "minilm-3-pruned"): ("--do_prune --model_path={minilm-3-taught} --target_num_heads=6 "
-                                  f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=accuracy", [1]),
+                                  f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=last", [1]),
 }
 # What a row depends on; another version of it makes the row stale.
 DECISIVE = ("preprocess.py", "train.py", "trainer.py", "model.py", "dataset.py", "text.py", "vectors.py",
