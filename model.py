@@ -233,7 +233,7 @@ class MeanEncoder(nn.Module):
 class CLSEncoder(nn.Module):
     """The vector of the position that a transformer classifies by: its first or its last real token."""
 
-    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
+    def __init__(self, config: dict[str, Any], embedding: TransformerEmbedding) -> None:
         super().__init__()
         self.last = embedding.classify_by == "last"
         self.output_size = embedding.output_size
