@@ -215,8 +215,8 @@ class TransformerEmbedding(nn.Module):
 
     def _first_token(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """inputs [B, T, D]. An exported graph is fused as a whole first, and narrowed then: graph.select_early."""
-        wanted = "output_hidden_states" in self._kwargs or torch.compiler.is_exporting()
-        return inputs if wanted else tuple(x[:, :1] for x in inputs)
+        whole = self._pad is None or "output_hidden_states" in self._kwargs or torch.compiler.is_exporting()
+        return inputs if whole else tuple(x[:, :1] for x in inputs)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids [B, T], mask [B, T] -> [B, T, D], zero where mask is False; [B, 1, D] after read_first_only."""

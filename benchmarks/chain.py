@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.accuracy import TAUGHT, TEACHER, kept_model
 from benchmarks.inference import Answer, Case, summarize, time_answers
-from benchmarks.measure import Sizes, figure
+from benchmarks.measure import figure
 from text import InputError
 
 FORMS = ("PyTorch", "ONNX", "ONNX int8")
@@ -17,7 +17,6 @@ AIMS = {"minilm-3-pruned": ("minilm-3-taught", ">= 1.5")}  # how many times as f
 
 def measure_chain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model of --checkpoints that was trained on --data_dir: the teacher first, then its students."""
-    sizes: Sizes = args.sizes
     source = Path(args.data_dir)
     checkpoints = Path(args.checkpoints) if args.checkpoints else None
     teacher = kept_model(checkpoints, source.name, TEACHER)
@@ -37,7 +36,7 @@ def measure_chain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for form, path in zip(FORMS, (model, case.onnx, case.int8), strict=True):
             side = f"{name}, {form}"
             sides[side], counts[side], megabytes[side] = own[form], right[form], path.stat().st_size / 1e6
-    rows = summarize(time_answers(sides, case.sentences, sizes.rounds, source.name), counts)
+    rows = summarize(time_answers(sides, case.sentences, 1, source.name), counts)  # many sentences: one round will do
     points = [{"model": side.rpartition(", ")[0], "form": side.rpartition(", ")[2], **row, "mb": megabytes[side]}
               for side, row in rows.items()]
     figures = [beside(f"{TEACHER}, ONNX", side, rows, megabytes) for side in rows]
