@@ -32,7 +32,8 @@ def measure_chain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, model in models.items():
         case = Case(name, args, source, folder / name, model)
         case.prepare()
-        own, right = case.sides()
+        own = {form: answer for form, answer in case.sides().items() if form in FORMS}
+        right = case.accuracies(own)
         for form, path in zip(FORMS, (model, case.onnx, case.int8), strict=True):
             side = f"{name}, {form}"
             sides[side], counts[side], megabytes[side] = own[form], right[form], path.stat().st_size / 1e6

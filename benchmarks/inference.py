@@ -47,7 +47,8 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name in args.inference_models:
         case = Case(name, args, source, folder / name)
         case.prepare()
-        sides, counts = case.sides()
+        sides = case.sides()
+        counts = case.accuracies(sides)  # warms up, too
         times = time_answers(sides, case.sentences, sizes.rounds, name)
         rows = summarize(times, counts)
         points += [{"model": name, "form": side, **row} for side, row in rows.items()]
@@ -115,6 +116,7 @@ class Case:
         examples = list(Lines(source / SPLITS[2]))[: args.sizes.sentences]
         self.sentences = [example.sentence for example in examples]
         self.written = [example.label for example in examples]
+        self.targets: list[int] = []
 
     def prepare(self) -> None:
         """Encode, train where --checkpoints has no model yet, export."""
@@ -136,8 +138,8 @@ class Case:
                   f"--onnx_path={self.onnx}", f"--quantized_onnx_path={self.int8}",
                   f"--num_threads={self.args.num_threads}")
 
-    def sides(self) -> tuple[dict[str, Answer], dict[str, float]]:
-        """A function from a sentence to its class id for each form, and the accuracy of each."""
+    def sides(self) -> dict[str, Answer]:
+        """A function from a sentence to its class id for each form."""
         import torch
 
         from dataset import pad
@@ -171,12 +173,14 @@ class Case:
             places = {label: place for place, label in enumerate(classifier.labels.names)}
             return lambda sentence: places[classifier.predict(sentence).label]
 
-        sides = {PLAIN: by_plain, "PyTorch": by_torch(model), "PyTorch dynamic int8": by_torch(dynamic),
-                 "ONNX": by_onnx(self.onnx), "ONNX int8": by_onnx(self.int8)}
-        targets = [checkpoint["labels"].index(label) for label in self.written]
-        counts = {side: sum(answer(s) == t for s, t in zip(self.sentences, targets, strict=True)) / len(targets)
-                  for side, answer in sides.items()}  # warms up, too
-        return sides, counts
+        self.targets = [checkpoint["labels"].index(label) for label in self.written]
+        return {PLAIN: by_plain, "PyTorch": by_torch(model), "PyTorch dynamic int8": by_torch(dynamic),
+                "ONNX": by_onnx(self.onnx), "ONNX int8": by_onnx(self.int8)}
+
+    def accuracies(self, sides: dict[str, Answer]) -> dict[str, float]:
+        """The share of sentences that each side gets right."""
+        return {side: sum(answer(s) == t for s, t in zip(self.sentences, self.targets, strict=True)) / len(self.targets)
+                for side, answer in sides.items()}
 
     def batches(self, rounds: int) -> dict[str, float]:
         """Sentences a second in batches of 64 of like length, beside one at a time and beside OpenVINO's."""
