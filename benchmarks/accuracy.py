@@ -271,9 +271,9 @@ def find_teachers(plan: Plan, source: Path, data: Path, flags: list[str]) -> tup
 
 
 def augmented_text(plan: Plan, source: Path, data_set: str, name: str) -> Path:
-    """The training text augmented, with the teacher's logits and their record beside it; made once."""
+    """The training text augmented, with the teacher's logits and their record beside it; made once for each teacher."""
     teacher = kept_model(plan.checkpoints, data_set, TEACHER)
-    folder = teacher.parent.parent / f"{data_set}-augmented"
+    folder = teacher.parent.parent / f"{data_set}-augmented-{sha256(teacher)[:8]}"
     path = folder / "augmented.txt"
     if path.exists():
         return path
