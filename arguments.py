@@ -93,6 +93,7 @@ TRAINING_KEYS: dict[str, Key] = {
     "oov_scale": _number(0, 1e3, required=False),
     "lr": _RATE,
     "embedding_lr": _RATE,
+    "layer_lr_decay": _RATE,
     "batch_size": _OPTIONAL_POSITIVE,
     "epoch": _OPTIONAL_POSITIVE,
     "patience": _OPTIONAL_POSITIVE,

@@ -2,13 +2,14 @@
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
 Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png, scale.json,
-        chain.json and .png, zero.json, accuracy.json and .png; Markdown tables on standard output.
+        chain.json and .png, zero.json, gpu.json, accuracy.json and .png; Markdown tables on standard output.
 
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
     python benchmark.py chain               how a teacher and its students, left in --checkpoints by accuracy, answer
     python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
+    python benchmark.py gpu                 fine-tuning and answering on a GPU, in fp32, in bf16 and compiled
     python benchmark.py table               print again what RESULTS holds
 
 Figures of speed are ratios of two things measured in one run; what is absolute stands beside them.
@@ -37,6 +38,7 @@ from benchmarks.accuracy import CONFIGS, TAUGHT, Plan, encode, measure_accuracy,
 from benchmarks.augment import measure_augmentation
 from benchmarks.chain import measure_chain
 from benchmarks.finetune import measure_finetuning
+from benchmarks.gpu import measure_gpu
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
 from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
@@ -61,7 +63,8 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
-    add_bert_flag(parser.add_argument_group("finetune, scale, and accuracy of minilm-*"), "embeddings/all-MiniLM-L6-v2")
+    transformers = parser.add_argument_group("finetune, scale, gpu, and accuracy of minilm-*")
+    add_bert_flag(transformers, "embeddings/all-MiniLM-L6-v2")
     inference = parser.add_argument_group("inference")
     inference.add_argument("--inference_models", nargs="+", default=list(AIMS), choices=list(AIMS), metavar="MODEL",
                            help=f"(default: {' '.join(AIMS)})")
@@ -223,7 +226,8 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "augment": measure_augmentation,
     "finetune": measure_finetuning, "inference": measure_inference, "scale": measure_scale,
 }
-BY_NAME = {"chain": measure_chain, "zero": measure_zero}  # trained models, several processes: only where asked for
+# What needs trained models, several processes or a GPU: only where asked for.
+BY_NAME = {"chain": measure_chain, "zero": measure_zero, "gpu": measure_gpu}
 VERBS = (*MEASURES, *BY_NAME, "accuracy", "table")
 
 

@@ -226,11 +226,11 @@ class Trainer:
     # Flags that a resumed run must share.
     decisive: tuple[str, ...] = (
         "batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
-        "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon", "weight_decay",
-        "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure", "criterion",
-        "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "ema_decay", "rdrop", "precision",
-        "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r", "compile",
-        "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
+        "layer_lr_decay", "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon",
+        "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure",
+        "criterion", "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "ema_decay", "rdrop",
+        "precision", "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers", "lora_r",
+        "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
                  record: dict[str, Any], accelerator: Accelerator,
@@ -261,6 +261,7 @@ class Trainer:
         self.epoch = 0
         self.position = 0  # steps of the epoch that are done
         self.loss_sum, self.loss_count = 0.0, 0  # since the last evaluation
+        self.losses: list[Tensor] = []  # of batches, on the device, not yet in loss_sum
         self.best: dict[str, Any] = {}
         self.epochs_without_gain = 0
         self.gained = False  # within this epoch
@@ -271,7 +272,7 @@ class Trainer:
         if state:
             self._load_progress(state)
 
-        groups = parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr)
+        groups = parameter_groups(model, args.weight_decay, args.lr, args.embedding_lr, args.layer_lr_decay)
         optimizer = torch.optim.AdamW(groups, lr=args.lr, eps=args.adam_epsilon,
                                       fused=accelerator.device.type in ("cpu", "cuda"))
         self.quantization = start_quantization(model, optimizer, args)
@@ -450,19 +451,15 @@ class Trainer:
             group: this process's batches.
             examples: in the batches of all processes.
         """
-        loss_sum = 0.0
         for place, batch in enumerate(group, 1):
             batch = batch.to(self.accelerator.device, non_blocking=True)
             with self._backward(last=place == len(group)) as backward:
                 loss = self._loss(batch)
                 backward(loss / (examples / self.processes))  # gradients are averaged over processes
-            loss_sum += loss.item()
-        loss_sum = total(torch.tensor([loss_sum], dtype=torch.float64), self.accelerator).item()
-        if not math.isfinite(loss_sum):
-            raise Diverged(f"the loss is {loss_sum} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
-                           "The best checkpoint so far, if there is one, is untouched.")
-        self.loss_sum += loss_sum
+            self.losses.append(loss.detach())
         self.loss_count += examples
+        if self.accelerator.device.type == "cpu" or self.step % _STEPS_UNREAD == 0:
+            self._read_losses()
         if self.args.max_grad_norm and not is_sharded(self.accelerator):
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
@@ -471,6 +468,17 @@ class Trainer:
         self.step += 1
         if self.average:
             self.average.update()
+
+    def _read_losses(self) -> None:
+        """Add up the losses since the last reading, for which a GPU has to finish what it does: so not at each step."""
+        if not self.losses:
+            return
+        loss_sum = total(torch.stack(self.losses).cpu().double().sum().view(1), self.accelerator).item()
+        self.losses.clear()
+        if not math.isfinite(loss_sum):
+            raise Diverged(f"the loss is {loss_sum} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
+                           "The best checkpoint so far, if there is one, is untouched.")
+        self.loss_sum += loss_sum
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One pass: the loss of each example [B], and the logits [B, C]. A subclass may learn from something else."""
@@ -512,6 +520,7 @@ class Trainer:
 
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
+        self._read_losses()
         if self.quantization and self.processes > 1:  # each process has seen ranges of its own
             ranges = self.quantization.state_dict()
             self.quantization.load_state_dict(
@@ -580,6 +589,7 @@ class Trainer:
 
 
 _APART = 1_000_003  # of the seeds of processes
+_STEPS_UNREAD = 20  # on a GPU, after which the losses are read
 # Attributes that a state file carries.
 _PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epochs_without_gain", "gained", "history",
              "finished")

@@ -75,6 +75,8 @@ def add_training_flags(parser: Parser) -> None:
     optimizer.add_argument("--lr", type=number(), default=2e-4, help="(default: 2e-4)")
     optimizer.add_argument("--embedding_lr", type=number(),
                            help="of the word vectors or the transformer (default: that of --lr)")
+    optimizer.add_argument("--layer_lr_decay", type=number(0, 1), default=1.0, metavar="FACTOR",
+                           help="of a transformer's learning rate, for each layer further down (default: 1.0)")
     optimizer.add_argument("--num_warmup_steps", type=natural_int, help="steps of rising learning rate, or else")
     optimizer.add_argument("--warmup_epoch", type=number(), default=0, help="epochs of it (default: 0), or else")
     optimizer.add_argument("--warmup_ratio", type=number(0, 1), default=0.0, help="its share (default: 0.0)")
@@ -146,6 +148,9 @@ def check_training_flags(parser: Parser, args: argparse.Namespace, config: dict[
         args.mixed_precision = "fp16"
     if args.lora_r and (encoded_kind(config) != "fs" or args.bert_use_feature_based):
         parser.error("--lora_r trains updates of a transformer's matrices; it goes neither with word vectors nor with "
+                     "--bert_use_feature_based")
+    if args.layer_lr_decay != 1 and (encoded_kind(config) != "fs" or args.bert_use_feature_based):
+        parser.error("--layer_lr_decay is of a transformer that is trained; it goes neither with word vectors nor with "
                      "--bert_use_feature_based")
     if args.epoch is None:
         args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]

@@ -355,6 +355,21 @@ def layer_lists(model: Any) -> list[nn.ModuleList]:
     return [module for _, module in found]
 
 
+def layers_above(model: Any) -> dict[int, int]:
+    """How many layers stand above each parameter, by the parameter's id().
+
+    What the model holds before its layers, such as token embeddings, has all of them above it; what it holds after
+    them, none.
+    """
+    layers = [layer for layers in layer_lists(model) for layer in layers]
+    places = {id(p): place for place, layer in enumerate(layers, 1) for p in layer.parameters()}
+    found, passed = {}, 0
+    for parameter in model.parameters():  # in the order in which the model uses them
+        passed = max(passed, places.get(id(parameter), 0))
+        found[id(parameter)] = len(layers) - places.get(id(parameter), passed)
+    return found
+
+
 def remove_layers(model: Any, places: Iterable[int]) -> None:
     """Remove layers, counted from 0, in encoder and decoder alike.
 

@@ -146,6 +146,7 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
         sentences = 0
 
         def evaluate_and_save(self, bar: Any, end_of_epoch: bool = False) -> None:
+            self._read_losses()  # a GPU has finished then
             self.sentences += self.loss_count
             self.loss_sum, self.loss_count = 0.0, 0
 

@@ -24,7 +24,8 @@ def provenance(command: str) -> dict[str, Any]:
              if able.get(name)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"git_revision": git_revision(), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
-            "versions": versions(), "cores": cores, "instructions": quick}
+            "versions": versions(), "cores": cores, "instructions": quick,
+            **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -20,9 +20,17 @@ import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import EncodedData, pad
-from model import load_classifier
+from model import build_model, load_classifier, parameter_groups
 from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
-from transformer import layer_lists, layer_parts, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
+from transformer import (
+    TransformerEmbedding,
+    layer_lists,
+    layer_parts,
+    load_pretrained,
+    load_tokenizer,
+    remove_layers,
+    tokenizer_text,
+)
 from util import load_checkpoint
 
 # A model of each way in which architectures differ; the matrix has them all.
@@ -355,6 +363,30 @@ def test_what_nobody_reads_is_not_computed(bert: Case) -> None:
         out.square().sum().backward()
         found.append([out, *(weight.grad for weight in model.parameters())])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BERT", "BART", "T5", "ALBERT", "ModernBERT"])
+def test_lower_layers_learn_more_slowly(tmp_path: Path, name: str) -> None:
+    make_model(name, tmp_path, sample(200, "train.txt"))
+    transformer = load_pretrained(str(tmp_path))
+    model = build_model({"enc_class": "cls", "dropout": 0.1}, 3, TransformerEmbedding(transformer, "first"))
+    groups = parameter_groups(model, 0.1, lr=1.0, embedding_lr=0.8, layer_lr_decay=0.5)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rate) == len(list(model.parameters())) == sum(len(group["params"]) for group in groups)
+    assert {rate[id(p)] for part in (model.encoder, model.decoder) for p in part.parameters()} == {1.0}
+    layers = [layer for layers in layer_lists(transformer) for layer in layers]
+    if name == "ALBERT":  # all layers share their weights
+        assert {rate[id(p)] for p in transformer.parameters()} <= {0.8, 0.8 * 0.5 ** len(layers)}
+        return
+    for above, layer in enumerate(reversed(layers)):
+        assert {rate[id(p)] for p in layer.parameters()} == {0.8 * 0.5**above}
+    assert rate[id(transformer.get_input_embeddings().weight)] == 0.8 * 0.5 ** len(layers)
+
+
+def test_rates_by_layer_are_a_transformers(bert: Case) -> None:
+    said = refusal(train.main, *bert.train_flags("--layer_lr_decay=0.9", "--bert_use_feature_based"))
+    assert "--layer_lr_decay is of a transformer that is trained" in said
+    assert "from 0 to 1" in refusal(train.main, *bert.train_flags("--layer_lr_decay=1.1"))
 
 
 def test_feature_based(bert: Case) -> None:

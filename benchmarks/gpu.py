@@ -1,0 +1,120 @@
+"""A GPU: fine-tuning and answering in fp32, in bf16 and compiled, and whether it answers as the processor does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.accuracy import ROOT, SPLITS, encode, run_stage
+from benchmarks.measure import Sizes, available, figure, training_rate
+from text import InputError
+
+CONFIG = ROOT / "configs/config-bert-cls.json"
+BATCH_SIZE = 64
+SENTENCES = 300  # that are answered one at a time
+WAYS = {"fp32": ("no", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}  # precision, --compile
+
+
+def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Sentences a second, milliseconds a sentence and the logits' distance from the CPU's, by model and way."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from dataset import EncodedData
+    from model import build_model
+    from transformer import TransformerEmbedding, classification_token, load_pretrained
+
+    if not torch.cuda.is_available():
+        raise InputError("benchmark.py gpu measures a CUDA device, and there is none.")
+    sizes: Sizes = args.sizes
+    name = args.bert_model_name_or_path
+    source, _, notes = available(argparse.Namespace(data_dir=args.data_dir, embedding_path="none"))
+    encode(source, folder / "data", str(CONFIG), f"--bert_model_name_or_path={name}")
+    run_stage("train.py", f"--config={CONFIG}", f"--data_dir={folder / 'data'}", f"--bert_model_name_or_path={name}",
+              "--lr=1e-4", f"--batch_size={BATCH_SIZE}", "--max_train_steps=1", f"--save_path={folder / 'model.pt'}",
+              f"--bert_output_dir={folder / 'bert'}", f"--log_dir={folder / 'runs'}",
+              f"--log_path={folder / 'train.log'}")
+    resolved = json.loads((folder / "model.pt.train.json").read_text())
+    train, test = (EncodedData(folder / "data" / f"{split}.fs") for split in (SPLITS[0], SPLITS[2]))
+    models: dict[str, Callable[[], Any]] = {
+        Path(name).name: partial(load_pretrained, name),
+        f"random BERT of {sizes.layers} layers": lambda: BertModel(BertConfig(num_hidden_layers=sizes.layers),
+                                                                   add_pooling_layer=False)}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with tqdm(total=len(models) * len(WAYS), unit="way", disable=None) as bar:
+        for label, make in models.items():
+            for way, (precision, compiled) in WAYS.items():
+                made: list[Any] = []
+
+                def build(make: Callable[[], Any] = make, made: list[Any] = made) -> Any:
+                    transformer = make()
+                    classify_by = classification_token(transformer, train.facts["leading_special"])
+                    made.append(build_model(resolved["config"], len(train.labels),
+                                            TransformerEmbedding(transformer, classify_by)))
+                    return made[-1]
+
+                torch.compiler.reset()
+                rate = training_rate(build, {**resolved["flags"], "compile": compiled}, train.path, precision, 0, sizes)
+                rows = test.rows(range(min(len(test), sizes.sentences or SENTENCES)))
+                found.setdefault(label, {})[way] = {"sentences_a_second": rate,
+                                                    **answer(made[-1], rows, precision, compiled)}
+                bar.update()
+    figures = []
+    for label, ways in found.items():
+        base = ways["fp32"]
+        for way, got in ways.items():
+            if got is not base:
+                figures += [
+                    figure(f"{label}, fine-tuning, {way} : fp32",
+                           got["sentences_a_second"] / base["sentences_a_second"], "",
+                           f"{got['sentences_a_second']:,.0f} : {base['sentences_a_second']:,.0f} sentences a second"),
+                    figure(f"{label}, a sentence, fp32 : {way}", base["median_ms"] / got["median_ms"], "",
+                           f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms")]
+            figures.append(figure(f"{label}, share of answers that are the CPU's in fp32, {way}", got["agreeing"],
+                                  ">= 0.99", f"logits at most {got['distance']:.1e} apart"))
+    notes += [f"{torch.cuda.get_device_name()}; {CONFIG.name}, data set {source.name}, batches of {BATCH_SIZE}; "
+              f"{len(rows)} test sentences, tokenized before, one at a time"]
+    return {"notes": notes, "device": "cuda", "figures": figures, "found": found}
+
+
+def answer(model: Any, rows: list[Any], precision: str, compiled: bool) -> dict[str, float]:
+    """Answer sentences one at a time on the GPU, and compare with the same weights on the CPU in fp32.
+
+    Returns:
+        median_ms of a sentence, the share of equal answers, the largest difference of a logit.
+    """
+    import torch
+
+    from dataset import pad
+
+    batches = [pad([row]) for row in rows]
+    model = model.cpu().eval()
+    with torch.inference_mode():
+        expected = torch.cat([model(batch.input_ids, batch.attention_mask) for batch in batches])
+    model = model.cuda()
+    call = torch.compile(model, dynamic=True) if compiled else model
+
+    def one(batch: Any) -> torch.Tensor:
+        batch = batch.to(torch.device("cuda"))
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            return call(batch.input_ids, batch.attention_mask).float().cpu()
+
+    times, logits = [], []
+    with torch.inference_mode():
+        for batch in batches[:10]:
+            one(batch)
+        for batch in batches:
+            start = time.perf_counter()
+            logits.append(one(batch))
+            times.append(1000 * (time.perf_counter() - start))
+    found = torch.cat(logits)
+    return {"median_ms": statistics.median(times), "distance": float((found - expected).abs().max()),
+            "agreeing": float((found.argmax(-1) == expected.argmax(-1)).double().mean())}
