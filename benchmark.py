@@ -2,12 +2,14 @@
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
 Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png, scale.json,
-        chain.json and .png, zero.json, gpu.json, accuracy.json and .png; Markdown tables on standard output.
+        chain.json and .png, int8.json, zero.json, gpu.json, accuracy.json and .png; Markdown tables on standard
+        output.
 
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
                                             was stopped
     python benchmark.py chain               how a teacher and its students, left in --checkpoints by accuracy, answer
+    python benchmark.py int8                every way of int8, and a sweep over threads
     python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
     python benchmark.py gpu                 fine-tuning and answering on a GPU, in fp32, in bf16 and compiled
     python benchmark.py table               print again what RESULTS holds
@@ -43,6 +45,7 @@ from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
 from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
 from benchmarks.scale import measure_memory, measure_scale
+from benchmarks.ways import measure_ways
 from benchmarks.zero import measure_zero
 from text import InputError, fail_cleanly
 
@@ -58,14 +61,14 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--results", default="results", help="folder of the JSON files (default: %(default)s)")
     files.add_argument("--scratch", default=".bench", help="folder to work in, about 3 GB (default: %(default)s)")
     files.add_argument("--checkpoints", metavar="FOLDER",
-                       help="inference, accuracy: keep the trained models here, take those that are there, and go on "
+                       help="inference, int8, accuracy: keep the trained models here, take those that are there, and go on "
                             "with those that were cut off (default: train anew)")
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)
     transformers = parser.add_argument_group("finetune, scale, gpu, and accuracy of minilm-*")
     add_bert_flag(transformers, "embeddings/all-MiniLM-L6-v2")
-    inference = parser.add_argument_group("inference")
+    inference = parser.add_argument_group("inference, int8")
     inference.add_argument("--inference_models", nargs="+", default=list(AIMS), choices=list(AIMS), metavar="MODEL",
                            help=f"(default: {' '.join(AIMS)})")
     inference.add_argument("--num_threads", type=positive_int, default=2, help="(default: 2)")
@@ -226,8 +229,8 @@ MEASURES: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "speed": measure_speed, "vectors": measure_vectors, "memory": measure_memory, "augment": measure_augmentation,
     "finetune": measure_finetuning, "inference": measure_inference, "scale": measure_scale,
 }
-# What needs trained models, several processes or a GPU: only where asked for.
-BY_NAME = {"chain": measure_chain, "zero": measure_zero, "gpu": measure_gpu}
+# What needs trained models, an hour, several processes or a GPU: only where asked for.
+BY_NAME = {"chain": measure_chain, "int8": measure_ways, "zero": measure_zero, "gpu": measure_gpu}
 VERBS = (*MEASURES, *BY_NAME, "accuracy", "table")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from benchmarks.accuracy import ROOT, SPLITS, encode, run_stage
 from benchmarks.measure import Sizes, available, figure, training_rate
 from text import InputError
+
+logger = logging.getLogger(__name__)
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64
@@ -49,24 +52,24 @@ def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"random BERT of {sizes.layers} layers": lambda: BertModel(BertConfig(num_hidden_layers=sizes.layers),
                                                                    add_pooling_layer=False)}
     found: dict[str, dict[str, dict[str, float]]] = {}
-    with tqdm(total=len(models) * len(WAYS), unit="way", disable=None) as bar:
-        for label, make in models.items():
-            for way, (precision, compiled) in WAYS.items():
-                made: list[Any] = []
+    runs = [(way, label) for way in WAYS for label in models]  # what takes minutes to compile comes last
+    for way, label in tqdm(runs, unit="run", disable=None):
+        precision, compiled = WAYS[way]
+        made: list[Any] = []
 
-                def build(make: Callable[[], Any] = make, made: list[Any] = made) -> Any:
-                    transformer = make()
-                    classify_by = classification_token(transformer, train.facts["leading_special"])
-                    made.append(build_model(resolved["config"], len(train.labels),
-                                            TransformerEmbedding(transformer, classify_by)))
-                    return made[-1]
+        def build(label: str = label, made: list[Any] = made) -> Any:
+            transformer = models[label]()
+            classify_by = classification_token(transformer, train.facts["leading_special"])
+            made.append(build_model(resolved["config"], len(train.labels),
+                                    TransformerEmbedding(transformer, classify_by)))
+            return made[-1]
 
-                torch.compiler.reset()
-                rate = training_rate(build, {**resolved["flags"], "compile": compiled}, train.path, precision, 0, sizes)
-                rows = test.rows(range(min(len(test), sizes.sentences or SENTENCES)))
-                found.setdefault(label, {})[way] = {"sentences_a_second": rate,
-                                                    **answer(made[-1], rows, precision, compiled)}
-                bar.update()
+        torch.compiler.reset()
+        rate = training_rate(build, {**resolved["flags"], "compile": compiled}, train.path, precision, 0, sizes)
+        rows = test.rows(range(min(len(test), sizes.sentences or SENTENCES)))
+        got = {"sentences_a_second": rate, **answer(made[-1], rows, precision, compiled)}
+        found.setdefault(label, {})[way] = got
+        logger.info("[%s, %s] %s", label, way, ", ".join(f"{key} {value:.4g}" for key, value in got.items()))
     figures = []
     for label, ways in found.items():
         base = ways["fp32"]

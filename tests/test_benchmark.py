@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import make_model
 from conftest import Place
 from helpers import ROOT, refusal, write_config
@@ -116,6 +117,25 @@ def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]
         trained = Path("kept/cnn.pt").stat().st_mtime_ns
         run("inference", *flags)
         assert Path("kept/cnn.pt").stat().st_mtime_ns == trained
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_every_way_of_int8(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    run("int8", "--inference_models", "cnn", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}",
+        "--checkpoints=kept", "--num_threads=1")
+    found = check_figures("int8", capsys.readouterr().out, 8 + 4)
+    ways = found["ways"]["cnn"]
+    assert set(ways) == {"PyTorch", "dynamic int8", "ONNX", "ONNX int8", "QAT", "QAT, compiled graph",
+                         "QAT, ONNX int8", "DiffQ"}
+    assert all("changed" in got for way, got in ways.items() if way[:2] in ("dy", "QA", "Di") and "ONNX" not in way)
+    assert set(found["threads"]) == {"cnn, ONNX", "cnn, ONNX int8"}
+    assert sorted(path.name for path in Path("kept").glob("*.pt")) == ["cnn-diffq.pt", "cnn-qat.pt", "cnn.pt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_where_there_is_none() -> None:
+    assert "a CUDA device, and there is none" in refusal(benchmark.main, "gpu")
 
 
 def test_speed_without_its_data_set_uses_the_sample(raw: Place) -> None:

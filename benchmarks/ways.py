@@ -1,0 +1,118 @@
+"""Every way of int8 of each model, as evaluate.py runs them on raw text, and how many threads are worth having."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.accuracy import CONFIGS, RECIPES, run_stage
+from benchmarks.inference import Case
+from benchmarks.measure import figure, interleave
+
+logger = logging.getLogger(__name__)
+
+THREADS = (1, 2, 4)
+FP32 = "PyTorch"
+
+
+def measure_ways(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Accuracy, milliseconds a sentence and megabytes by model and way, each in a process of its own."""
+    source = Path(args.data_dir)
+    figures: list[dict[str, Any]] = []
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    sweep: dict[str, dict[int, float]] = {}
+    for name in args.inference_models:
+        case = Case(name, args, source, folder / name)
+        case.prepare()
+        found[name] = answer_each_way(case, train_each_way(case))
+        base = found[name][FP32]
+        for way, got in found[name].items():
+            changed = f"; {100 * got['changed']:.2f} % of the answers changed" if "changed" in got else ""
+            figures.append(figure(f"{name}, {FP32} : {way}", base["median_ms"] / got["median_ms"], "",
+                                  f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms; {100 * got['accuracy']:.2f} %; "
+                                  f"{got['mb']:.1f} MB{changed}"))
+        for form, path in (("ONNX", case.onnx), ("ONNX int8", case.int8)):
+            sweep[f"{name}, {form}"] = times = time_threads(case, path)
+            figures += [figure(f"{name}, {form}, 1 thread : {threads}", times[1] / times[threads], "",
+                               f"{times[1]:.3f} : {times[threads]:.3f} ms") for threads in THREADS[1:]]
+    notes = [f"data set {source.name}, test sentences one at a time, tokenization included, medians; {args.num_threads} "
+             "threads but in the sweep; quantization-aware training: one more epoch of the fp32 model; MB: the file that "
+             "answers, of DiffQ what its bits come to"]
+    return {"notes": notes, "figures": figures, "ways": found, "threads": sweep}
+
+
+def train_each_way(case: Case) -> dict[str, Path]:
+    """One epoch more of the fp32 model with --enable_qat, and with --enable_diffq; kept beside it."""
+    models = {}
+    for way in ("qat", "diffq"):
+        models[way] = case.model.with_name(f"{case.name}-{way}.pt")
+        if models[way].exists():
+            continue
+        config = CONFIGS[case.name]
+        recipe = RECIPES["snips", case.name][0].split()
+        pretrained = [f"--bert_model_name_or_path={case.args.bert_model_name_or_path}"] if "bert" in config else []
+        run_stage("train.py", f"--config={config}", f"--data_dir={case.data}", *recipe, *pretrained, "--rdrop=0",
+                  "--epoch=1", "--seed=1", *case.args.sizes.train_flags.split(), f"--enable_{way}",
+                  f"--restore_path={case.model}", f"--save_path={models[way]}", f"--log_dir={case.folder / 'runs'}",
+                  f"--log_path={case.folder / 'train.log'}", f"--bert_output_dir={case.folder / way}")
+    return models
+
+
+def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """Figures by way, the fp32 model first."""
+    from util import load_checkpoint
+
+    threads = f"--num_threads={case.args.num_threads}"
+    by_scales = case.folder / "model.qat.onnx"
+    run_stage("evaluate.py", f"--model_path={trained['qat']}", f"--data_dir={case.data}", "--convert_onnx",
+              "--quantize_onnx", f"--onnx_path={case.folder / 'model.qat.fp32.onnx'}",
+              f"--quantized_onnx_path={by_scales}", threads)
+    onnx = ["--enable_ort", f"--onnx_path={case.onnx}"]
+    ways = {
+        FP32: (case.model, []),
+        "dynamic int8": (case.model, ["--enable_dqm"]),
+        "ONNX": (case.onnx, onnx),
+        "ONNX int8": (case.int8, [*onnx, "--quantize_onnx", f"--quantized_onnx_path={case.int8}"]),
+        "QAT": (trained["qat"], ["--enable_qat"]),
+        "QAT, compiled graph": (trained["qat"], ["--enable_qat_fx"]),
+        "QAT, ONNX int8": (by_scales, [*onnx, "--quantize_onnx", f"--quantized_onnx_path={by_scales}"]),
+        "DiffQ": (trained["diffq"], ["--enable_diffq"]),
+    }
+    found = {}
+    for way, (path, flags) in tqdm(ways.items(), unit="way", desc=case.name, disable=None):
+        got = evaluate(case, path, *flags, threads)
+        size = path.stat().st_size / 1e6
+        if way == "DiffQ":
+            size = load_checkpoint(path)["quantization"]["size_mb"] * 2**20 / 1e6
+        found[way] = {"accuracy": got["accuracy"], "median_ms": got["timing"]["median_ms"],
+                      "mean_ms": got["timing"]["mean_ms"], "mb": size,
+                      **({"changed": got["changed"]} if "changed" in got else {})}
+        logger.info("[%s, %s] %s", case.name, way, found[way])
+    return found
+
+
+def time_threads(case: Case, path: Path) -> dict[int, float]:
+    """Median milliseconds a sentence of an ONNX file by the number of threads."""
+    onnx = ["--enable_ort", f"--onnx_path={path}"]
+
+    def measure(threads: int) -> float:
+        return evaluate(case, path, *onnx, f"--num_threads={threads}")["timing"]["median_ms"]
+
+    sides = {str(threads): partial(measure, threads) for threads in THREADS}
+    return {int(side): statistics.median(values)
+            for side, values in interleave(sides, case.args.sizes.rounds, warm_up=False).items()}
+
+
+def evaluate(case: Case, path: Path, *flags: str) -> dict[str, Any]:
+    """What evaluate.py writes of a file's answers to raw text."""
+    model = [] if "--enable_ort" in flags else [f"--model_path={path}"]
+    count = [] if case.args.sizes.sentences is None else [f"--num_examples={case.args.sizes.sentences}"]
+    run_stage("evaluate.py", *model, f"--data_dir={case.data}", "--enable_inference", *count, *flags)
+    return json.loads(Path(f"{path}.test.json").read_text(encoding="utf-8"))
