@@ -61,8 +61,8 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--results", default="results", help="folder of the JSON files (default: %(default)s)")
     files.add_argument("--scratch", default=".bench", help="folder to work in, about 3 GB (default: %(default)s)")
     files.add_argument("--checkpoints", metavar="FOLDER",
-                       help="inference, int8, accuracy: keep the trained models here, take those that are there, and go on "
-                            "with those that were cut off (default: train anew)")
+                       help="inference, int8, accuracy: keep the trained models here, take those that are there, and "
+                            "go on with those that were cut off (default: train anew)")
     speed = parser.add_argument_group("speed")
     add_config_flag(speed, CONFIGS["cnn"])
     add_data_dir_flag(speed)

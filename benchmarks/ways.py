@@ -36,15 +36,15 @@ def measure_ways(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for way, got in found[name].items():
             changed = f"; {100 * got['changed']:.2f} % of the answers changed" if "changed" in got else ""
             figures.append(figure(f"{name}, {FP32} : {way}", base["median_ms"] / got["median_ms"], "",
-                                  f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms; {100 * got['accuracy']:.2f} %; "
-                                  f"{got['mb']:.1f} MB{changed}"))
+                                  f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms; "
+                                  f"{100 * got['accuracy']:.2f} %; {got['mb']:.1f} MB{changed}"))
         for form, path in (("ONNX", case.onnx), ("ONNX int8", case.int8)):
             sweep[f"{name}, {form}"] = times = time_threads(case, path)
             figures += [figure(f"{name}, {form}, 1 thread : {threads}", times[1] / times[threads], "",
                                f"{times[1]:.3f} : {times[threads]:.3f} ms") for threads in THREADS[1:]]
-    notes = [f"data set {source.name}, test sentences one at a time, tokenization included, medians; {args.num_threads} "
-             "threads but in the sweep; quantization-aware training: one more epoch of the fp32 model; MB: the file that "
-             "answers, of DiffQ what its bits come to"]
+    notes = [f"data set {source.name}, test sentences one at a time, tokenization included, medians; "
+             f"{args.num_threads} threads but in the sweep; quantization-aware training: one more epoch of the fp32 "
+             "model; MB: the file that answers, of DiffQ what its bits come to"]
     return {"notes": notes, "figures": figures, "ways": found, "threads": sweep}
 
 
