@@ -189,13 +189,15 @@ def fuse(graph: onnx.ModelProto, int8: bool = False) -> onnx.ModelProto:
     """
     import onnxruntime
 
+    # A sum and a layer norm are together twice as fast as ONNX Runtime's operator for both.
+    left_out = ["SkipLayerNormFusion", *(["MatMulAddFusion"] if int8 else [])]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "fused.onnx")
         onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"],
-                                     disabled_optimizers=["MatMulAddFusion"] if int8 else [])
+                                     disabled_optimizers=left_out)
         return onnx.load(options.optimized_model_filepath)
 
 
