@@ -96,6 +96,9 @@ def caption(rows: list[dict[str, Any]]) -> str:
                         f"{GLOVE_WORDS:,}.")
         else:
             said.append(f"Word vectors: {name}, {words:,} words.")
+    for gpu in sorted({row["gpu"] for row in rows if "gpu" in row}):
+        there = dict.fromkeys(f"{row['model']} on {row['data_set']}" for row in rows if row.get("gpu") == gpu)
+        said.append(f"Trained on one {gpu}: {', '.join(there)}.")
     said.append(f"Revisions: {', '.join(sorted({row['git_revision'] for row in rows}))}.")
     return " ".join(said)
 
