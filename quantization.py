@@ -416,7 +416,7 @@ def restore_diffq(model: Classifier, checkpoint: dict[str, Any]) -> None:
         InputError: the model was not trained with --enable_diffq.
     """
     trained = _trained_in(checkpoint, "diffq")
-    own = dict(model.named_parameters())
+    own = dict(model.named_parameters(remove_duplicate=False))  # a tied table has several names
     bits = torch.cat([entry["bits"] for entry in trained["tensors"].values()]).float()
     with torch.no_grad():
         for name, entry in trained["tensors"].items():
