@@ -151,7 +151,7 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
         yield example.sentence
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that moved to a GPU within it could not be trained any more
 def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int, device: torch.device) -> np.ndarray:
     """The teacher's logits for each sentence of encoded data, from raw text, in fp32: [N, C] float32.
 

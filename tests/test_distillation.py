@@ -160,6 +160,16 @@ def test_answers_are_the_teachers_logits_and_are_kept(trained: Place, monkeypatc
         answer(teacher, data, False, 7, device)
 
 
+def test_a_teacher_that_has_answered_can_still_learn(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta pseudo labels train it; on a GPU it moved there to answer."""
+    monkeypatch.setattr(Teacher, "to", lambda teacher, device: teacher._apply(torch.clone))
+    teacher, data = load(trained), EncodedData(trained.data / "train.txt.ids")
+    answer(teacher, data, False, 7, torch.device("cpu"))
+    batch = data.__getitems__([0, 1])
+    teacher(batch.input_ids, batch.attention_mask).sum().backward()
+    assert any(parameter.grad is not None for parameter in teacher.parameters())
+
+
 def test_answers_pass_over_the_lines_that_encoding_skipped(trained: Place) -> None:
     """Or else each later sentence would have another's answer."""
     lines = (trained.data / "train.txt").read_text().splitlines()
