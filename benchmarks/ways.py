@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def time_threads(case: Case, path: Path) -> dict[int, float]:
     def measure(threads: int) -> float:
         return evaluate(case, path, *onnx, f"--num_threads={threads}")["timing"]["median_ms"]
 
-    sides = {str(threads): partial(measure, threads) for threads in THREADS}
+    sides: dict[str, Callable[[], float]] = {str(threads): partial(measure, threads) for threads in THREADS}
     return {int(side): statistics.median(values)
             for side, values in interleave(sides, case.args.sizes.rounds, warm_up=False).items()}
 
