@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ROOT, SPLITS, copy_splits, run_stage
-from benchmarks.measure import Sizes, figure, interleave, launch, training_rate
+from benchmarks.accuracy import ROOT, SPLITS, encode
+from benchmarks.measure import Sizes, available_data, figure, interleave, launch, training_rate
 from text import InputError, Lines
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
@@ -21,24 +21,13 @@ BATCH_SIZE = 64
 def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second of --bert_model_name_or_path on --data_dir, each side in turn."""
     from dataset import EncodedData
-    from model import build_model
-    from transformer import TransformerEmbedding, classification_token, load_pretrained
+    from transformer import load_pretrained
     from util import choose_device, choose_precision
 
     sizes: Sizes = args.sizes
     name = args.bert_model_name_or_path
-    source = Path(args.data_dir)
-    notes = []
-    if not (source / SPLITS[0]).is_file():
-        notes.append(f"{source.name} is not here: measured on data/sample")
-        source = ROOT / "data/sample"
+    source, notes, train = prepare(args, folder)
     data = folder / "data"
-    copy_splits(source, data)
-    common = [f"--config={CONFIG}", f"--data_dir={data}", f"--bert_model_name_or_path={name}"]
-    run_stage("preprocess.py", *common)
-    train = [*common, "--lr=1e-4", f"--batch_size={BATCH_SIZE}", f"--save_path={folder / 'model.pt'}",
-             f"--bert_output_dir={folder / 'bert'}", f"--log_dir={folder / 'runs'}",
-             f"--log_path={folder / 'train.log'}"]
     steps = sizes.warm_up_steps + sizes.padded_steps
     _, peak, _ = launch(str(ROOT / "train.py"), *train, f"--max_train_steps={steps}")
     resolved = json.loads((folder / "model.pt.train.json").read_text())
@@ -48,9 +37,7 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     encoded = EncodedData(data / "train.txt.fs")
 
     def make_model() -> Any:
-        model = load_pretrained(name)
-        classify_by = classification_token(model, encoded.facts["leading_special"])
-        return build_model(config, len(encoded.labels), TransformerEmbedding(model, classify_by))
+        return make_classifier(load_pretrained(name), config, encoded)
 
     def rate(precision: str, pad_to: int = 0) -> float:
         return training_rate(make_model, flags, encoded.path, precision, pad_to, sizes)
@@ -68,6 +55,30 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         figure(f"fine-tuning, {ours} : {theirs}", middle[ours] / middle[theirs], ">= 1.25",
                f"{middle[ours]:,.0f} : {middle[theirs]:,.0f} sentences a second"),
         figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB")]}
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], list[str]]:
+    """Encode --data_dir for --bert_model_name_or_path in FOLDER/data.
+
+    Returns:
+        The data set, what is to be said of it, and train.py's flags, by which it leaves FOLDER/model.pt.
+    """
+    source, notes = available_data(args)
+    data, pretrained = folder / "data", f"--bert_model_name_or_path={args.bert_model_name_or_path}"
+    encode(source, data, str(CONFIG), pretrained)
+    return source, notes, [f"--config={CONFIG}", f"--data_dir={data}", pretrained, "--lr=1e-4",
+                           f"--batch_size={BATCH_SIZE}", f"--save_path={folder / 'model.pt'}",
+                           f"--bert_output_dir={folder / 'bert'}", f"--log_dir={folder / 'runs'}",
+                           f"--log_path={folder / 'train.log'}"]
+
+
+def make_classifier(transformer: Any, config: dict[str, Any], data: Any) -> Any:
+    """An untrained classifier of encoded data on a transformer."""
+    from model import build_model
+    from transformer import TransformerEmbedding, classification_token
+
+    classify_by = classification_token(transformer, data.facts["leading_special"])
+    return build_model(config, len(data.labels), TransformerEmbedding(transformer, classify_by))
 
 
 def trainer_rate(name: str, data: Path, device: str, precision: str, n_ctx: int, folder: Path, sizes: Sizes) -> float:

@@ -14,14 +14,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import ROOT, SPLITS, encode, run_stage
-from benchmarks.measure import Sizes, available, figure, training_rate
+from benchmarks.accuracy import SPLITS, run_stage
+from benchmarks.finetune import BATCH_SIZE, CONFIG, make_classifier, prepare
+from benchmarks.measure import Sizes, figure, training_rate
 from text import InputError
 
 logger = logging.getLogger(__name__)
 
-CONFIG = ROOT / "configs/config-bert-cls.json"
-BATCH_SIZE = 64
 SENTENCES = 300  # that are answered one at a time
 WAYS = {"fp32": ("no", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}  # precision, --compile
 
@@ -32,19 +31,14 @@ def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from transformers import BertConfig, BertModel
 
     from dataset import EncodedData
-    from model import build_model
-    from transformer import TransformerEmbedding, classification_token, load_pretrained
+    from transformer import load_pretrained
 
     if not torch.cuda.is_available():
         raise InputError("benchmark.py gpu measures a CUDA device, and there is none.")
     sizes: Sizes = args.sizes
     name = args.bert_model_name_or_path
-    source, _, notes = available(argparse.Namespace(data_dir=args.data_dir, embedding_path="none"))
-    encode(source, folder / "data", str(CONFIG), f"--bert_model_name_or_path={name}")
-    run_stage("train.py", f"--config={CONFIG}", f"--data_dir={folder / 'data'}", f"--bert_model_name_or_path={name}",
-              "--lr=1e-4", f"--batch_size={BATCH_SIZE}", "--max_train_steps=1", f"--save_path={folder / 'model.pt'}",
-              f"--bert_output_dir={folder / 'bert'}", f"--log_dir={folder / 'runs'}",
-              f"--log_path={folder / 'train.log'}")
+    source, notes, flags = prepare(args, folder)
+    run_stage("train.py", *flags, "--max_train_steps=1")
     resolved = json.loads((folder / "model.pt.train.json").read_text())
     train, test = (EncodedData(folder / "data" / f"{split}.fs") for split in (SPLITS[0], SPLITS[2]))
     models: dict[str, Callable[[], Any]] = {
@@ -58,10 +52,7 @@ def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         made: list[Any] = []
 
         def build(label: str = label, made: list[Any] = made) -> Any:
-            transformer = models[label]()
-            classify_by = classification_token(transformer, train.facts["leading_special"])
-            made.append(build_model(resolved["config"], len(train.labels),
-                                    TransformerEmbedding(transformer, classify_by)))
+            made.append(make_classifier(models[label](), resolved["config"], train))
             return made[-1]
 
         torch.compiler.reset()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from arguments import load_config
+from arguments import encoded_kind, load_config
 from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, encoding_flags, run_stage
 from benchmarks.measure import Sizes, figure, interleave
 from text import InputError, Lines
@@ -128,15 +128,19 @@ class Case:
         if self.model.exists():
             logger.info("[%s: trained before, %s]", self.name, self.model)
         else:
-            recipe = RECIPES["snips", self.name][0].split()
-            pretrained = [flag for flag in encoding if flag.startswith("--bert")]
-            run_stage("train.py", *common, *recipe, *pretrained, "--epoch=2", "--seed=1",
-                      *self.args.sizes.train_flags.split(), f"--save_path={self.model}",
-                      f"--log_dir={self.folder / 'runs'}", f"--log_path={self.folder / 'train.log'}",
-                      f"--bert_output_dir={self.folder / 'bert'}")
+            self.train(self.model, "--epoch=2")
         run_stage("evaluate.py", *common, f"--model_path={self.model}", "--convert_onnx", "--quantize_onnx",
                   f"--onnx_path={self.onnx}", f"--quantized_onnx_path={self.int8}",
                   f"--num_threads={self.args.num_threads}")
+
+    def train(self, path: Path, *flags: str) -> None:
+        """Train a model to `path` by Snips' recipe, which the flags change."""
+        config = CONFIGS[self.name]
+        pretrained = [f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"]
+        run_stage("train.py", f"--config={config}", f"--data_dir={self.data}", *RECIPES["snips", self.name][0].split(),
+                  *(pretrained if encoded_kind(load_config(config)) == "fs" else []), "--seed=1", *flags,
+                  *self.args.sizes.train_flags.split(), f"--save_path={path}", f"--log_dir={self.folder / 'runs'}",
+                  f"--log_path={self.folder / 'train.log'}", f"--bert_output_dir={self.folder / path.stem}")
 
     def sides(self) -> dict[str, Answer]:
         """A function from a sentence to its class id for each form."""

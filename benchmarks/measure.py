@@ -49,15 +49,20 @@ SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, table
 
 def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
     """The data set and the vectors to measure with, and what stands in the place of what is not here."""
-    source, vectors = Path(args.data_dir), args.embedding_path
-    notes = []
-    if not (source / SPLITS[0]).is_file():
-        notes.append(f"{source.name} is not here: measured on data/sample")
-        source = ROOT / "data/sample"
+    source, notes = available_data(args)
+    vectors = args.embedding_path
     if vectors != "none" and not Path(vectors).is_file():
         notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
         vectors = "none"
     return source, vectors, notes
+
+
+def available_data(args: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The data set to measure with, and what stands in its place where it is not here."""
+    source = Path(args.data_dir)
+    if (source / SPLITS[0]).is_file():
+        return source, []
+    return ROOT / "data/sample", [f"{source.name} is not here: measured on data/sample"]
 
 
 # A process's peak memory counts that of the process which started it, here perhaps one that holds torch and a model.

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import CONFIGS, RECIPES, run_stage
+from benchmarks.accuracy import run_stage
 from benchmarks.inference import Case
 from benchmarks.measure import figure, interleave
 
@@ -54,15 +54,8 @@ def train_each_way(case: Case) -> dict[str, Path]:
     models = {}
     for way in ("qat", "diffq"):
         models[way] = case.model.with_name(f"{case.name}-{way}.pt")
-        if models[way].exists():
-            continue
-        config = CONFIGS[case.name]
-        recipe = RECIPES["snips", case.name][0].split()
-        pretrained = [f"--bert_model_name_or_path={case.args.bert_model_name_or_path}"] if "bert" in config else []
-        run_stage("train.py", f"--config={config}", f"--data_dir={case.data}", *recipe, *pretrained, "--rdrop=0",
-                  "--epoch=1", "--seed=1", *case.args.sizes.train_flags.split(), f"--enable_{way}",
-                  f"--restore_path={case.model}", f"--save_path={models[way]}", f"--log_dir={case.folder / 'runs'}",
-                  f"--log_path={case.folder / 'train.log'}", f"--bert_output_dir={case.folder / way}")
+        if not models[way].exists():
+            case.train(models[way], "--rdrop=0", "--epoch=1", f"--enable_{way}", f"--restore_path={case.model}")
     return models
 
 
