@@ -117,10 +117,24 @@ def check_whole(storage: str, count: int, place: Place, lost: int = 0) -> None:
         "trials.csv", "trials.png", *(f"{best['trial']}.pt{end}" for end in ("", ".state", ".train.json"))}
 
 
+def meeting(argv: list[str], both: Any) -> None:
+    """A worker that has the other one begin a trial, too, before it trains its first: else it may do all of them."""
+    run, met = train.run, []
+
+    def run_together(*given: Any) -> dict[str, Any]:
+        if not met:
+            met.append(both.wait(120))
+        return run(*given)
+
+    train.run = run_together
+    train.main(argv)
+
+
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("storage", STORAGES)
 def test_two_workers_share_the_trials(encoded: Place, storage: str, capfd: pytest.CaptureFixture[str]) -> None:
-    workers = [worker(train.main, flags(encoded, f"--hp_storage={storage}")) for _ in range(2)]
+    both = multiprocessing.get_context("fork").Barrier(2)
+    workers = [worker(meeting, flags(encoded, f"--hp_storage={storage}"), both) for _ in range(2)]
     for process in workers:
         process.join()
         assert process.exitcode == 0
