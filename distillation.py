@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from arrays import ArrayWriter, open_arrays
 from dataset import Batch, EncodedData, pad
+from labelling import find_record
 from model import Classifier, build_model, load_classifier
 from text import InputError, LabelParser, Labels, Lines, sha256, text_encoder
 from trainer import Trainer, evaluate
@@ -117,6 +118,7 @@ class Teacher(nn.Module):
             raise InputError(f"{path}: the teacher's labels ({', '.join(own.names)}) are not those of the student's "
                              f"data ({', '.join(labels.names)}).")
         self.path = path
+        self.run_id: str = checkpoint["run_id"]
         self.facts: dict[str, Any] = checkpoint["facts"]
         self.labels = labels
         self.model: Classifier = load_classifier(checkpoint, folders)
@@ -155,11 +157,15 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
 def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int, device: torch.device) -> np.ndarray:
     """The teacher's logits for each sentence of encoded data, from raw text, in fp32: [N, C] float32.
 
-    They are kept beside the data as SOURCE.teacher, and taken from there for the same teacher and the same text.
+    Text that this teacher has labelled with evaluate.py --augmented, by the record beside it, has them as its labels.
+    Others are kept beside the data as SOURCE.teacher, and taken from there for the same teacher and the same text.
 
     Raises:
         InputError: a logit that is no finite number, or raw text that is missing.
     """
+    if labelled_by(data) == teacher.run_id:
+        logger.info("[the teacher's answers to %s] are its labels", data.source)
+        return np.asarray(data.targets, dtype=np.float32)
     path = data.source.with_name(f"{data.source.name}.teacher")
     made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.facts["source_sha256"],
                  "skip_bad_lines": json.dumps(data.facts["skip_bad_lines"]), "labels": json.dumps(data.labels.names)}
@@ -188,6 +194,16 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
         writer.append("logits", logits)
         writer.metadata.update(made_from)
     return logits
+
+
+def labelled_by(data: EncodedData) -> str | None:
+    """The run of the teacher whose logits are the data's labels; None where these are no logits, or not known whose."""
+    if not data.has_logits or not data.source.exists():
+        return None
+    match find_record(data.source):
+        case {"teacher": {"run_id": str(run_id)}}:
+            return run_id
+    return None
 
 
 def _chunks(sentences: Iterator[str], size: int) -> Iterator[list[str]]:

@@ -56,19 +56,21 @@ CONFIGS = {
     "minilm-3": "configs/config-bert-cls.json",
     "minilm-3-taught": "configs/config-bert-cls.json",
     "minilm-3-mpl": "configs/config-bert-cls.json",
+    "minilm-3-augmented": "configs/config-bert-cls.json",
     "minilm-3-pruned": "configs/config-bert-cls.json",
 }
 TEACHER = "minilm-cls"
-TAUGHT = [model for model in CONFIGS if model.endswith(("-taught", "-mpl", "-pruned"))]
-AUGMENTATION = {"sst2": "--n_iter=5", "snips": "--n_iter=10"}  # augment_data.py's flags by data set
+TAUGHT = [model for model in CONFIGS if model.endswith(("-taught", "-mpl", "-augmented", "-pruned"))]
+AUGMENTATION = {"sst2": "--n_iter=10", "snips": "--n_iter=10"}  # augment_data.py's flags by data set
 ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
 SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases repeat: one pass is enough
 SNIPS = "--word_dropout=0.5 --rdrop=4"
 TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
-MINILM_SST2 = "--lr=5e-5 --batch_size=64 --warmup_ratio=0.1 --epoch=2 --rdrop=3 --measure=loss"
+MINILM_SST2 = "--batch_size=64 --warmup_ratio=0.1 --measure=loss --lr=1e-4 --epoch=2 --rdrop=3 --layer_lr_decay=0.85"
 BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
-STUDENT = f"{MINILM} --epoch=2 --measure=last --student_init_layers=0,2,4 --kd_temperature=2"
+STUDENT = (f"--do_distill --teacher_model_path={{minilm-cls}} {MINILM} --epoch=2 --measure=last "
+           "--student_init_layers=0,2,4 --kd_temperature=2")
 # {MODEL} is the model of that name on the same data set, {augmented} the augmented text.
 RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
     ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),
@@ -88,13 +90,13 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("snips", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
     ("snips", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
     ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1, 2, 3]),
-    ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=1", [1]),
-    ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=1", [1]),
+    ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
+    ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
     ("sst2", "minilm-3"): (f"{MINILM} --epoch=1 --rdrop=1 --measure=loss --bert_remove_layers=1,3,5", [1]),
-    ("sst2", "minilm-3-taught"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT}", [1]),
-    ("sst2", "minilm-3-mpl"): (f"--do_distill --teacher_model_path={{minilm-cls}} {STUDENT} "
-                               "--mpl_data_path={augmented}", [1]),
-    ("sst2", "minilm-3-pruned"): ("--do_prune --model_path={minilm-3-taught} --target_num_heads=6 "
+    ("sst2", "minilm-3-taught"): (STUDENT, [1]),
+    ("sst2", "minilm-3-mpl"): (f"{STUDENT} --mpl_data_path={{augmented}}", [1]),
+    ("sst2", "minilm-3-augmented"): (f"{STUDENT} --augmented --epoch=1", [1]),
+    ("sst2", "minilm-3-pruned"): ("--do_prune --model_path={minilm-3-augmented} --target_num_heads=6 "
                                   f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=last", [1]),
 }
 # What a row depends on; another version of it makes the row stale.

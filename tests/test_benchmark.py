@@ -301,10 +301,10 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     make_model("BERT", bert, [example.sentence for example in accuracy.Lines(source / "train.txt")])
     monkeypatch.setitem(accuracy.CONFIGS, "cnn-taught", accuracy.CONFIGS["cnn"])
     monkeypatch.setitem(accuracy.AUGMENTATION, "sst2", "--n_iter=2 --analyzer=hanta")
-    for model in ("minilm-3-taught", "minilm-3-pruned"):
+    for model in ("minilm-3-augmented", "minilm-3-pruned"):
         flags = accuracy.RECIPES["sst2", model][0].replace("0,2,4", "0").replace("heads=6", "heads=1")
         monkeypatch.setitem(accuracy.RECIPES, ("sst2", model), (flags.replace("dim=512", "dim=8"), [1]))
-    models = ("minilm-cls", "cnn-taught", "minilm-3-taught", "minilm-3-pruned")
+    models = ("minilm-cls", "cnn-taught", "minilm-3-augmented", "minilm-3-pruned")
     for model in models:
         if model != "cnn-taught":
             monkeypatch.setitem(accuracy.CONFIGS, model, str(ROOT / accuracy.CONFIGS[model]))
@@ -313,7 +313,7 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     run(*argv)
     rows = {row["model"]: row for row in result("accuracy")["rows"]}
     assert set(models) < set(rows)
-    assert "--model_path={minilm-3-taught}" in rows["minilm-3-pruned"]["flags"]
+    assert "--model_path={minilm-3-augmented}" in rows["minilm-3-pruned"]["flags"]
     labelled = next(Path("kept").glob("sst2-augmented-*/augmented.txt")).read_text().splitlines()
     assert len(labelled) > 46 and len(labelled[0].split("\t")[1].split()) > 1
     assert json.loads(Path("kept/sst2-cnn-taught-1/model.pt.train.json").read_text())["flags"]["augmented"]
@@ -323,7 +323,7 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
         f"--bert_model_name_or_path={bert}", "--num_threads=1")
     found = check_figures("chain", capsys.readouterr().out, 3 * len(models) + 1)
     sizes = {(point["model"], point["form"]): point["mb"] for point in found["points"]}
-    assert sizes["minilm-3-pruned", "ONNX"] < sizes["minilm-3-taught", "ONNX"] < sizes["minilm-cls", "ONNX"]
+    assert sizes["minilm-3-pruned", "ONNX"] < sizes["minilm-3-augmented", "ONNX"] < sizes["minilm-cls", "ONNX"]
     assert Path("results/chain.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -23,6 +23,7 @@ import labelling
 import preprocess
 import train
 from dataset import EncodedData
+from distillation import Teacher, answer, labelled_by
 from labelling import column_order, find_record, write_record
 from model import load_classifier
 from text import MASK, NO_LABEL, InputError, LabelParser, Labels, WordTokenizer
@@ -127,6 +128,21 @@ def test_from_raw_text_to_a_student(trained: Place, flags: list[str]) -> None:
     results = json.loads(Path(f"{student}.train.json").read_text())
     assert results["best"]["valid_accuracy"] > 0.6
     assert results["history"][-1]["train_loss"] < results["history"][0]["train_loss"]
+
+
+def test_a_teacher_need_not_answer_again_what_it_labelled(labelled: Place) -> None:
+    """fastformers.py --do_distill --augmented takes its logits from the file; another teacher answers for itself."""
+    checkpoint = load_checkpoint(labelled.model)
+    data = encode_student(labelled)
+    own, other = (Teacher({**checkpoint, "run_id": run_id}, str(labelled.model), [str(labelled.data)], data.labels)
+                  for run_id in (checkpoint["run_id"], "another"))
+    answered = labelled.data / "augmented.txt.teacher"
+    for teacher, asked in ((own, False), (other, True)):
+        np.testing.assert_allclose(answer(teacher, data, True, 7, torch.device("cpu")), expected_logits(labelled),
+                                   atol=1e-5)
+        assert answered.exists() == asked
+    next(labelled.data.glob("logits-*.json")).unlink()
+    assert labelled_by(data) is None
 
 
 # --------------------------------------------------------------------------------------------------------- the record
