@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from benchmarks.accuracy import ROOT, SPLITS
 from benchmarks.report import GLOVE_WORDS
 from text import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,12 @@ def interleave(sides: dict[str, Callable[[], float]], rounds: int, warm_up: bool
 
 
 def figure(measured: str, ratio: float, aim: str, beside: str) -> dict[str, Any]:
-    """A row of a table of ratios. `aim` is "", ">= X" or "<= X"."""
+    """A row of a table of ratios, logged at once: a run cut off has said so much. `aim` is "", ">= X" or "<= X"."""
     met = None
     if aim:
         sign, limit = aim.split()
         met = ratio >= float(limit) if sign == ">=" else ratio <= float(limit)
+    logger.info("[%s] %.3g; %s", measured, ratio, beside)
     return {"measured": measured, "ratio": ratio, "aim": aim, "met": met, "beside": beside}
 
 
