@@ -60,6 +60,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                                            "object a line on standard output")
     what.add_argument("--augmented", action="store_true",
                       help="label augmented.raw with logits, in fp32, for a student to learn from")
+    what.add_argument("--more_teachers", nargs="+", default=[], metavar="MODEL_PATH",
+                      help="with --augmented: label with the mean of the logits of several models, the first of which "
+                           "is --model_path (with --enable_ort: ONNX files, the first --onnx_path)")
     what.add_argument("--num_examples", type=natural_int, default=0, help="only the first so many (default: 0, all)")
     what.add_argument("--batch_size", type=positive_int, default=1, help="(default: 1)")
     what.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
@@ -94,6 +97,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                         (f"enable_{way}", way)):
         if args.augmented and given:
             raise InputError(f"--augmented labels encoded text in fp32; leave --{flag} out.")
+    if args.more_teachers and not args.augmented:
+        raise InputError("--more_teachers goes with --augmented.")
     return args, None if args.config is None else load_config(args.config)
 
 
@@ -373,16 +378,30 @@ def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> Non
             args.quantized_onnx_mb)
 
 
-def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse.Namespace,
+                    config: dict[str, Any] | None, folder: Path) -> None:
     """Write augmented.raw.pred."""
     from dataset import EncodedData, check_same_data
 
     data = EncodedData(folder / f"augmented.raw.{record['facts']['kind']}")
     check_same_data(data, record, model_file(args))
+    paths, runs, teachers = [model_file(args)], [record["run_id"]], [predictor]
+    for path in args.more_teachers:
+        own = argparse.Namespace(**{**vars(args), "model_path": path, "onnx_path": path, "bert_output_dir": None})
+        other, found = load_onnx(own, config) if args.enable_ort else load_torch(own, config)
+        check_same_data(data, found, path)
+        if found["run_id"] in runs:
+            raise InputError(f"--more_teachers: {path} and {paths[runs.index(found['run_id'])]} are of the same run.")
+        paths, runs, teachers = [*paths, path], [*runs, found["run_id"]], [*teachers, other]
+
+    def logits(rows: list[np.ndarray]) -> np.ndarray:
+        return np.mean([teacher.logits(rows) for teacher in teachers], axis=0)
+
+    said = ({"run_ids": runs, "model_paths": paths} if args.more_teachers
+            else {"run_id": record["run_id"], "model_path": paths[0]})
     begin = time.perf_counter()
-    target = label_text(data, predictor.labels, predictor.logits, args.batch_size, args.num_examples,
-                        {"run_id": record["run_id"], "model_path": model_file(args)})
-    logger.info("[wrote %s] logits of run %s, in %.1f s", target, record["run_id"], time.perf_counter() - begin)
+    target = label_text(data, predictor.labels, logits, args.batch_size, args.num_examples, said)
+    logger.info("[wrote %s] logits of run %s, in %.1f s", target, ", ".join(runs), time.perf_counter() - begin)
 
 
 @fail_cleanly
@@ -403,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
         classify_lines(predictor, args)
         return
     if args.augmented:
-        label_augmented(predictor, record, args, folder)
+        label_augmented(predictor, record, args, config, folder)
         return
 
     path, source = model_file(args), folder / "test.txt"

@@ -67,9 +67,9 @@ def encode_student(place: Place, *flags: Any) -> EncodedData:
     return EncodedData(place.data / "augmented.txt.ids")
 
 
-def expected_logits(place: Place) -> np.ndarray:
+def expected_logits(place: Place, model: Path | None = None) -> np.ndarray:
     """The teacher's logits, a sentence at a time."""
-    checkpoint = load_checkpoint(place.model)
+    checkpoint = load_checkpoint(model or place.model)
     model = load_classifier(checkpoint, [str(place.data)]).eval()
     tokenizer = WordTokenizer(checkpoint["vocabulary"], {**checkpoint["facts"], "augmented": True})
     with torch.inference_mode():
@@ -128,6 +128,30 @@ def test_from_raw_text_to_a_student(trained: Place, flags: list[str]) -> None:
     results = json.loads(Path(f"{student}.train.json").read_text())
     assert results["best"]["valid_accuracy"] > 0.6
     assert results["history"][-1]["train_loss"] < results["history"][0]["train_loss"]
+
+
+def test_several_teachers_label_with_the_mean_of_their_logits(labelled: Place) -> None:
+    place = labelled
+    own = np.array([row[1].split() for row in rows(place.data / "augmented.raw.pred")], np.float64)
+    checkpoint = load_checkpoint(place.model)
+    other = place.root / "other.pt"
+    doubled = {name: 2 * value if name.startswith("decoder") else value for name, value in checkpoint["model"].items()}
+    save_checkpoint({**checkpoint, "model": doubled, "run_id": "another"}, other)
+    expected = expected_logits(place) + expected_logits(place, other)
+    np.testing.assert_allclose([[float(x) for x in row[1].split()] for row in
+                                rows(label(place, f"--more_teachers={other}"))], expected / 2, atol=1e-5)
+    assert np.abs(expected / 2 - own).max() > 1e-3
+    record = find_record(place.data / "augmented.raw.pred")
+    assert record and record["teacher"]["run_ids"] == [checkpoint["run_id"], "another"]
+    data = encode_student(place)
+    assert data.has_logits and labelled_by(data) is None  # no one teacher's
+
+    before, flags = snapshot(place.data), place.evaluate_flags("--augmented")
+    save_checkpoint({**checkpoint, "labels": list(reversed(checkpoint["labels"])), "run_id": "a third"}, other)
+    assert "its labels" in refusal(evaluate.main, *flags, f"--more_teachers={other}")
+    assert "of the same run" in refusal(evaluate.main, *flags, f"--more_teachers={place.model}")
+    assert "goes with --augmented" in refusal(evaluate.main, *place.evaluate_flags(f"--more_teachers={other}"))
+    assert snapshot(place.data) == before
 
 
 def test_a_teacher_need_not_answer_again_what_it_labelled(labelled: Place) -> None:
