@@ -394,11 +394,12 @@ def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse
             raise InputError(f"--more_teachers: {path} and {paths[runs.index(found['run_id'])]} are of the same run.")
         paths, runs, teachers = [*paths, path], [*runs, found["run_id"]], [*teachers, other]
 
-    def logits(rows: list[np.ndarray]) -> np.ndarray:
+    def mean_logits(rows: Sequence[Any]) -> np.ndarray:
         return np.mean([teacher.logits(rows) for teacher in teachers], axis=0)
 
-    said = ({"run_ids": runs, "model_paths": paths} if args.more_teachers
-            else {"run_id": record["run_id"], "model_path": paths[0]})
+    logits, said = predictor.logits, {"run_id": runs[0], "model_path": paths[0]}
+    if args.more_teachers:
+        logits, said = mean_logits, {"run_ids": runs, "model_paths": paths}
     begin = time.perf_counter()
     target = label_text(data, predictor.labels, logits, args.batch_size, args.num_examples, said)
     logger.info("[wrote %s] logits of run %s, in %.1f s", target, ", ".join(runs), time.perf_counter() - begin)
