@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -385,23 +386,24 @@ def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse
 
     data = EncodedData(folder / f"augmented.raw.{record['facts']['kind']}")
     check_same_data(data, record, model_file(args))
-    paths, runs, teachers = [model_file(args)], [record["run_id"]], [predictor]
+    teachers = {record["run_id"]: (model_file(args), predictor)}
     for path in args.more_teachers:
         own = argparse.Namespace(**{**vars(args), "model_path": path, "onnx_path": path, "bert_output_dir": None})
         other, found = load_onnx(own, config) if args.enable_ort else load_torch(own, config)
         check_same_data(data, found, path)
-        if found["run_id"] in runs:
-            raise InputError(f"--more_teachers: {path} and {paths[runs.index(found['run_id'])]} are of the same run.")
-        paths, runs, teachers = [*paths, path], [*runs, found["run_id"]], [*teachers, other]
+        if found["run_id"] in teachers:
+            raise InputError(f"--more_teachers: {path} and {teachers[found['run_id']][0]} are of the same run.")
+        teachers[found["run_id"]] = (path, other)
 
-    def mean_logits(rows: Sequence[Any]) -> np.ndarray:
-        return np.mean([teacher.logits(rows) for teacher in teachers], axis=0)
+    def mean_logits(rows: list[np.ndarray]) -> np.ndarray:
+        total = reduce(np.add, (teacher.logits(rows) for _, teacher in teachers.values()))  # sum() would lose -0.0
+        return total / len(teachers)
 
-    logits, said = predictor.logits, {"run_id": runs[0], "model_path": paths[0]}
-    if args.more_teachers:
-        logits, said = mean_logits, {"run_ids": runs, "model_paths": paths}
+    runs, paths = list(teachers), [path for path, _ in teachers.values()]
+    said = ({"run_ids": runs, "model_paths": paths} if args.more_teachers
+            else {"run_id": runs[0], "model_path": paths[0]})
     begin = time.perf_counter()
-    target = label_text(data, predictor.labels, logits, args.batch_size, args.num_examples, said)
+    target = label_text(data, predictor.labels, mean_logits, args.batch_size, args.num_examples, said)
     logger.info("[wrote %s] logits of run %s, in %.1f s", target, ", ".join(runs), time.perf_counter() - begin)
 
 

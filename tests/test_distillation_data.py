@@ -67,9 +67,9 @@ def encode_student(place: Place, *flags: Any) -> EncodedData:
     return EncodedData(place.data / "augmented.txt.ids")
 
 
-def expected_logits(place: Place, model: Path | None = None) -> np.ndarray:
+def expected_logits(place: Place, path: Path | None = None) -> np.ndarray:
     """The teacher's logits, a sentence at a time."""
-    checkpoint = load_checkpoint(model or place.model)
+    checkpoint = load_checkpoint(path or place.model)
     model = load_classifier(checkpoint, [str(place.data)]).eval()
     tokenizer = WordTokenizer(checkpoint["vocabulary"], {**checkpoint["facts"], "augmented": True})
     with torch.inference_mode():
