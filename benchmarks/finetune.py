@@ -1,5 +1,5 @@
 """Fine-tuning a transformer: bucketed batches in reduced precision against fp32 padded to n_ctx, and against
-transformers' own Trainer; and the memory that it takes."""
+transformers' own Trainer; the memory that it takes, and where its time goes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,17 @@ from text import InputError, Lines
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64
+# What torch's operators do, by the first of these words in their names; what is left counts as other operators.
+KINDS = {
+    "matrix products": ("mm", "linear", "matmul"),
+    "dropout": ("bernoulli", "dropout"),
+    "normalization and activation": ("layer_norm", "gelu", "softmax", "relu", "tanh"),
+    "optimizer and clipping": ("adamw", "optimizer", "vector_norm", "foreach"),
+    "fused attention": ("attention",),
+    "copies and casts": ("copy", "clone", "fill", "zero", "cat"),
+    "elementwise arithmetic and sums": ("mul", "add", "sub", "div", "sum", "where", "isneginf", "all"),
+}
+MATRIX_SIZE = 2048  # of the square matrices by which the processor's rate is told
 
 
 def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -42,6 +55,10 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     def rate(precision: str, pad_to: int = 0) -> float:
         return training_rate(make_model, flags, encoded.path, precision, pad_to, sizes)
 
+    def profile(profiler: Any) -> None:
+        few = replace(sizes, bucketed_steps=sizes.padded_steps)
+        training_rate(make_model, flags, encoded.path, precision, 0, few, profiler)
+
     base, ours, theirs = "fp32, padded to n_ctx", f"{precision}, bucketed", f"transformers' Trainer, {precision}"
     sides = {base: lambda: rate("no", config["n_ctx"]), ours: lambda: rate(precision),
              theirs: lambda: trainer_rate(name, data, device.type, precision, config["n_ctx"], folder, sizes)}
@@ -54,7 +71,59 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
                f"{middle[ours]:,.0f} : {middle[base]:,.1f} sentences a second"),
         figure(f"fine-tuning, {ours} : {theirs}", middle[ours] / middle[theirs], ">= 1.25",
                f"{middle[ours]:,.0f} : {middle[theirs]:,.0f} sentences a second"),
-        figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB")]}
+        figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB"),
+        *where_time_goes(profile, device, precision)]}
+
+
+def where_time_goes(train: Callable[[Any], None], device: Any, precision: str) -> list[dict[str, Any]]:
+    """The shares that kinds of operators have of the time of some steps, and the rate of their matrix products beside
+    that of large matrices.
+
+    Args:
+        train: takes some steps within a torch.profiler.profile.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    profiler = torch.profiler.profile(activities=activities, with_flops=True)
+    train(profiler)
+    times: dict[str, float] = dict.fromkeys([*KINDS, "other operators"], 0.0)
+    operations = 0
+    for event in profiler.key_averages():
+        seconds = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e6
+        kind = kind_of(event.key)
+        times[kind] += seconds
+        operations += event.flops if kind == "matrix products" else 0
+    whole = sum(times.values())
+    mine, most = operations / times["matrix products"], matrix_rate(device, precision)
+    shares = sorted(times.items(), key=lambda item: -item[1])
+    return [*(figure(f"fine-tuning, {precision}, time of its operators: {kind}", seconds / whole, "",
+                     f"{seconds:.2f} of {whole:.2f} s") for kind, seconds in shares),
+            figure(f"its matrix products' rate : that of {MATRIX_SIZE} x {MATRIX_SIZE} matrices", mine / most, "",
+                   f"{mine / 1e9:,.0f} : {most / 1e9:,.0f} billion operations a second"),
+            figure("matrix products at that rate : all operators' time", operations / most / whole, "",
+                   f"{operations / most:.2f} of {whole:.2f} s")]
+
+
+def kind_of(operator: str) -> str:
+    """Which of KINDS an operator of torch is, by its name."""
+    name = operator.lower().removeprefix("aten::")
+    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other operators")
+
+
+def matrix_rate(device: Any, precision: str, rounds: int = 20) -> float:
+    """Additions and multiplications a second of square matrices, the fastest of some products."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    a, b = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * MATRIX_SIZE ** 3 / min(seconds)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], list[str]]:

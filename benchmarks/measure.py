@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def figure(measured: str, ratio: float, aim: str, beside: str) -> dict[str, Any]
 
 
 def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Path, precision: str, pad_to: int,
-                  sizes: Sizes) -> float:
+                  sizes: Sizes, profiler: AbstractContextManager[Any] | None = None) -> float:
     """Sentences a second of the Trainer's own epoch, without evaluation and files, for a fresh model.
 
     Args:
@@ -136,6 +137,7 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
         flags: as train.py resolved them.
         path: the encoded training data.
         pad_to: pad all batches to so many positions; 0: each to its longest sentence.
+        profiler: is entered for the measured steps.
     """
     import torch.nn.functional as F
     from accelerate import Accelerator
@@ -173,8 +175,9 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
             trainer.sentences = 0
             steps = sizes.padded_steps if pad_to else sizes.bucketed_steps
             trainer.total_steps = trainer.step + (steps or len(trainer.sampler))
-            start = time.perf_counter()
-            trainer.train_epoch(bar)
-            return trainer.sentences / (time.perf_counter() - start)
+            with profiler or nullcontext():
+                start = time.perf_counter()
+                trainer.train_epoch(bar)
+                return trainer.sentences / (time.perf_counter() - start)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
