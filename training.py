@@ -283,8 +283,9 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     from distributed import make_accelerator
     from trainer import find_state
     from transformer import add_lora, check_output_folder
-    from util import choose_device, choose_precision, load_checkpoint, set_seed
+    from util import choose_device, choose_precision, keep_freed_memory, load_checkpoint, set_seed
 
+    keep_freed_memory()
     config = dict(config)  # load_data may correct it
     device = choose_device(args.device)
     precision = choose_precision(args.mixed_precision, device)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,14 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         few = replace(sizes, bucketed_steps=sizes.padded_steps)
         training_rate(make_model, flags, encoded.path, precision, 0, few, profiler)
 
+    def rate_of_trainer() -> float:
+        """In a process of its own, whose memory is as it comes."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            run = pool.submit(trainer_rate, name, data, device.type, precision, config["n_ctx"], folder, sizes)
+            return run.result()
+
     base, ours, theirs = "fp32, padded to n_ctx", f"{precision}, bucketed", f"transformers' Trainer, {precision}"
-    sides = {base: lambda: rate("no", config["n_ctx"]), ours: lambda: rate(precision),
-             theirs: lambda: trainer_rate(name, data, device.type, precision, config["n_ctx"], folder, sizes)}
+    sides = {base: lambda: rate("no", config["n_ctx"]), ours: lambda: rate(precision), theirs: rate_of_trainer}
     rates = interleave(sides, sizes.rounds, warm_up=False)
     middle = {side: statistics.median(values) for side, values in rates.items()}
     notes.append(f"{Path(name).name}, {CONFIG.name}, data set {source.name}: {len(encoded):,} sentences of "
