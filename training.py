@@ -280,10 +280,11 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
         args, config: as a stage's get_params makes them.
         make_model: the classifier to begin with, of the flags, the config and the training data.
     """
+    from cpu import keep_freed_memory, quicken_dropout
     from distributed import make_accelerator
     from trainer import find_state
     from transformer import add_lora, check_output_folder
-    from util import choose_device, choose_precision, keep_freed_memory, load_checkpoint, set_seed
+    from util import choose_device, choose_precision, load_checkpoint, set_seed
 
     keep_freed_memory()
     config = dict(config)  # load_data may correct it
@@ -295,6 +296,8 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     accelerator = make_accelerator(args, device, precision)
     set_seed(args.seed)
     model = make_model(args, config, train)
+    if train.facts["kind"] == "fs":  # of the time of smaller models, dropout is a smaller share
+        quicken_dropout(model.embedding)
     record = make_record(args, config, train, valid, model.embedding, precision)
     state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
     if args.resume and not state:

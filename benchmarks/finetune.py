@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ MATRIX_SIZE = 2048  # of the square matrices by which the processor's rate is to
 def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second of --bert_model_name_or_path on --data_dir, each side in turn."""
     from dataset import EncodedData
-    from transformer import load_pretrained
     from util import choose_device, choose_precision
 
     sizes: Sizes = args.sizes
@@ -51,24 +51,11 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
     precision = choose_precision("auto", device)
     encoded = EncodedData(data / "train.txt.fs")
 
-    def make_model() -> Any:
-        return make_classifier(load_pretrained(name), config, encoded)
-
-    def rate(precision: str, pad_to: int = 0) -> float:
-        return training_rate(make_model, flags, encoded.path, precision, pad_to, sizes)
-
-    def profile(profiler: Any) -> None:
-        few = replace(sizes, bucketed_steps=sizes.padded_steps)
-        training_rate(make_model, flags, encoded.path, precision, 0, few, profiler)
-
-    def rate_of_trainer() -> float:
-        """In a process of its own, whose memory is as it comes."""
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            run = pool.submit(trainer_rate, name, data, device.type, precision, config["n_ctx"], folder, sizes)
-            return run.result()
-
+    given = (name, flags, config, encoded.path)
     base, ours, theirs = "fp32, padded to n_ctx", f"{precision}, bucketed", f"transformers' Trainer, {precision}"
-    sides = {base: lambda: rate("no", config["n_ctx"]), ours: lambda: rate(precision), theirs: rate_of_trainer}
+    sides: dict[str, Callable[[], float]] = {
+        base: partial(alone, plain_rate, *given, sizes), ours: partial(alone, our_rate, *given, precision, sizes),
+        theirs: partial(alone, trainer_rate, name, data, device.type, precision, config["n_ctx"], folder, sizes)}
     rates = interleave(sides, sizes.rounds, warm_up=False)
     middle = {side: statistics.median(values) for side, values in rates.items()}
     notes.append(f"{Path(name).name}, {CONFIG.name}, data set {source.name}: {len(encoded):,} sentences of "
@@ -79,10 +66,45 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         figure(f"fine-tuning, {ours} : {theirs}", middle[ours] / middle[theirs], ">= 1.25",
                f"{middle[ours]:,.0f} : {middle[theirs]:,.0f} sentences a second"),
         figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB"),
-        *where_time_goes(profile, device, precision)]}
+        *where_time_goes(partial(our_rate, *given, precision, replace(sizes, bucketed_steps=sizes.padded_steps)),
+                         device, precision)]}
 
 
-def where_time_goes(train: Callable[[Any], None], device: Any, precision: str) -> list[dict[str, Any]]:
+def alone(measure: Callable[..., float], *args: Any) -> float:
+    """A measurement in a process of its own, which another one's settings do not reach."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *args).result()
+
+
+def our_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Path, precision: str, sizes: Sizes,
+             profiler: Any = None) -> float:
+    """Sentences a second as train.py trains."""
+    from cpu import keep_freed_memory, quicken_dropout
+
+    keep_freed_memory()
+
+    def make_model() -> Any:
+        model = new_classifier(name, config, path)
+        quicken_dropout(model.embedding)
+        return model
+
+    return training_rate(make_model, flags, path, precision, 0, sizes, profiler)
+
+
+def plain_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Path, sizes: Sizes) -> float:
+    """Sentences a second in fp32, padded to n_ctx, with torch's own dropout and memory as it comes."""
+    return training_rate(partial(new_classifier, name, config, path), flags, path, "no", config["n_ctx"], sizes)
+
+
+def new_classifier(name: str, config: dict[str, Any], path: Path) -> Any:
+    """An untrained classifier of the encoded data at `path` on a pretrained transformer."""
+    from dataset import EncodedData
+    from transformer import load_pretrained
+
+    return make_classifier(load_pretrained(name), config, EncodedData(path))
+
+
+def where_time_goes(train: Callable[[Any], float], device: Any, precision: str) -> list[dict[str, Any]]:
     """The shares that kinds of operators have of the time of some steps, and the rate of their matrix products beside
     that of large matrices.
 

@@ -145,7 +145,7 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
 
     from dataset import Batch, EncodedData
     from trainer import Trainer
-    from util import choose_device, keep_freed_memory, set_seed
+    from util import choose_device, set_seed
 
     class PaddedData(EncodedData):
         def __getitems__(self, indices: Any) -> Batch:
@@ -161,7 +161,6 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
             self.sentences += self.loss_count
             self.loss_sum, self.loss_count = 0.0, 0
 
-    keep_freed_memory()  # as train.py does
     device = choose_device(flags["device"])
     train = PaddedData(path)
     set_seed(flags["seed"])

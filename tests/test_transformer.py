@@ -19,6 +19,7 @@ import evaluate
 import preprocess
 import train
 from benchmarks.accuracy import code_hash
+from cpu import FastDropout
 from dataset import EncodedData, pad
 from model import build_model, load_classifier, parameter_groups
 from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
@@ -412,6 +413,14 @@ def test_gradient_checkpointing_computes_the_same_twice(bert: Case, monkeypatch:
     assert len(calls) == once + 3 * LAYERS  # three steps
     plain, saving = (load_checkpoint(bert.root / name)["model"] for name in ("plain.pt", "model.pt"))
     assert all(torch.allclose(plain[name], saving[name], atol=1e-6) for name in plain)
+
+
+def test_a_transformer_trains_with_the_fast_dropout(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    forward = FastDropout.forward
+    monkeypatch.setattr(FastDropout, "forward", lambda self, x: used.append(self.training) or forward(self, x))
+    train.main(bert.train_flags("--epoch=1", "--max_train_steps=1"))
+    assert True in used
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES])
