@@ -345,4 +345,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from util import keep_freed_memory
+
+    keep_freed_memory()
     main()

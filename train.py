@@ -98,4 +98,7 @@ def run(args: argparse.Namespace, config: dict[str, Any],
 
 
 if __name__ == "__main__":
+    from util import keep_freed_memory
+
+    keep_freed_memory()
     main()

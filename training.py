@@ -280,13 +280,12 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
         args, config: as a stage's get_params makes them.
         make_model: the classifier to begin with, of the flags, the config and the training data.
     """
-    from cpu import keep_freed_memory, quicken_dropout
     from distributed import make_accelerator
+    from dropout import quicken_dropout
     from trainer import find_state
     from transformer import add_lora, check_output_folder
     from util import choose_device, choose_precision, load_checkpoint, set_seed
 
-    keep_freed_memory()
     config = dict(config)  # load_data may correct it
     device = choose_device(args.device)
     precision = choose_precision(args.mixed_precision, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -55,6 +56,21 @@ def set_seed(seed: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the machine
+
+
+def keep_freed_memory() -> None:
+    """From now on this process keeps what memory it frees for its next allocations, where its C library is glibc.
+
+    Each step of a training allocates and frees the same large tensors. glibc would give those of over 32 MB back to the
+    system at once, which hands them out anew page by page, each filled with zeros first. For scripts, not for mains
+    that others call: the setting is the whole process's, in which another library may count on those zeros.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def choose_device(name: str | None) -> torch.device:

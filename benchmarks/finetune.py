@@ -58,6 +58,7 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         theirs: partial(alone, trainer_rate, name, data, device.type, precision, config["n_ctx"], folder, sizes)}
     rates = interleave(sides, sizes.rounds, warm_up=False)
     middle = {side: statistics.median(values) for side, values in rates.items()}
+    times, operations = alone(profile, device.type, *given, precision, sizes)
     notes.append(f"{Path(name).name}, {CONFIG.name}, data set {source.name}: {len(encoded):,} sentences of "
                  f"{encoded.lengths.mean():.1f} tokens, n_ctx {config['n_ctx']}, batches of {BATCH_SIZE}")
     return {"notes": notes, "device": device.type, "sentences_a_second": rates, "peak_mb": peak, "figures": [
@@ -66,11 +67,10 @@ def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]
         figure(f"fine-tuning, {ours} : {theirs}", middle[ours] / middle[theirs], ">= 1.25",
                f"{middle[ours]:,.0f} : {middle[theirs]:,.0f} sentences a second"),
         figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB"),
-        *where_time_goes(partial(our_rate, *given, precision, replace(sizes, bucketed_steps=sizes.padded_steps)),
-                         device, precision)]}
+        *where_time_goes(times, operations, device, precision)]}
 
 
-def alone(measure: Callable[..., float], *args: Any) -> float:
+def alone(measure: Callable[..., Any], *args: Any) -> Any:
     """A measurement in a process of its own, which another one's settings do not reach."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *args).result()
@@ -79,7 +79,8 @@ def alone(measure: Callable[..., float], *args: Any) -> float:
 def our_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Path, precision: str, sizes: Sizes,
              profiler: Any = None) -> float:
     """Sentences a second as train.py trains."""
-    from cpu import keep_freed_memory, quicken_dropout
+    from dropout import quicken_dropout
+    from util import keep_freed_memory
 
     keep_freed_memory()
 
@@ -104,26 +105,31 @@ def new_classifier(name: str, config: dict[str, Any], path: Path) -> Any:
     return make_classifier(load_pretrained(name), config, EncodedData(path))
 
 
-def where_time_goes(train: Callable[[Any], float], device: Any, precision: str) -> list[dict[str, Any]]:
-    """The shares that kinds of operators have of the time of some steps, and the rate of their matrix products beside
-    that of large matrices.
-
-    Args:
-        train: takes some steps within a torch.profiler.profile.
-    """
-    import torch
+def profile(device: str, name: str, flags: dict[str, Any], config: dict[str, Any], path: Path, precision: str,
+            sizes: Sizes) -> tuple[dict[str, float], int]:
+    """Seconds by kind of operator of some steps as train.py takes them, and the operations of their matrix products."""
     from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as make_profiler
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    profiler = torch.profiler.profile(activities=activities, with_flops=True)
-    train(profiler)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    profiler = make_profiler(activities=activities, with_flops=True)
+    our_rate(name, flags, config, path, precision, replace(sizes, bucketed_steps=sizes.padded_steps), profiler)
     times: dict[str, float] = dict.fromkeys([*KINDS, "other operators"], 0.0)
     operations = 0
     for event in profiler.key_averages():
-        seconds = (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / 1e6
         kind = kind_of(event.key)
-        times[kind] += seconds
+        times[kind] += (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6
         operations += event.flops if kind == "matrix products" else 0
+    return times, operations
+
+
+def where_time_goes(times: dict[str, float], operations: int, device: Any, precision: str) -> list[dict[str, Any]]:
+    """The shares that kinds of operators have of their time, and the rate of their matrix products beside that of large
+    matrices.
+
+    Args:
+        times, operations: as profile answers.
+    """
     whole = sum(times.values())
     mine, most = operations / times["matrix products"], matrix_rate(device, precision)
     shares = sorted(times.items(), key=lambda item: -item[1])

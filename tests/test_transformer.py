@@ -19,8 +19,8 @@ import evaluate
 import preprocess
 import train
 from benchmarks.accuracy import code_hash
-from cpu import FastDropout
 from dataset import EncodedData, pad
+from dropout import FastDropout
 from model import build_model, load_classifier, parameter_groups
 from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
 from transformer import (

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import pickle
+import platform
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 
+import util
 from text import InputError
 from util import choose_device, choose_precision, load_checkpoint, peek_identity, save_checkpoint, versions
 
@@ -127,3 +133,39 @@ def test_precision() -> None:
 
 def test_versions() -> None:
     assert versions()["torch"] == torch.__version__
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+FAULTS = """
+import resource, sys
+import torch
+from util import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(10):  # small pieces come to lie between the large ones at first
+    torch.ones(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told to keep memory")
+def test_freed_memory_is_used_again() -> None:
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < faults("no") / 2
+
+
+@pytest.mark.parametrize("script", ["train.py", "fastformers.py"])
+def test_training_scripts_keep_freed_memory(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(util, "keep_freed_memory", lambda: called.append(script))
+    monkeypatch.setattr(sys, "argv", [script, "--config=no-such.json"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert called == [script]

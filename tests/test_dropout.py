@@ -1,43 +1,12 @@
-"""Memory that a process keeps, and dropout by fewer random numbers."""
+"""Dropout by fewer random numbers."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import ROOT
 from torch import nn
 
-from cpu import FastDropout, quicken_dropout
-
-FAULTS = """
-import resource, sys
-import torch
-from cpu import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for _ in range(10):  # small pieces come to lie between the large ones at first
-    torch.ones(16 << 20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(16 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told to keep memory")
-def test_freed_memory_is_used_again() -> None:
-    def faults(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-        return int(done.stdout)
-
-    assert faults("keep") < faults("no") / 2
-
-
-# ----------------------------------------------------------------------------------------------------------- dropout
+from dropout import FastDropout, quicken_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -1,28 +1,11 @@
-"""What makes training on a CPU faster without changing what is trained: memory and random numbers."""
+"""Dropout with fewer random numbers, for training on a CPU."""
 
 from __future__ import annotations
-
-import ctypes
-import platform
 
 import torch
 from torch import Tensor, nn
 
 _LEVELS = 1 << 16  # of a random number of 16 bits
-
-
-def keep_freed_memory() -> None:
-    """From now on this process keeps what memory it frees for its next allocations, where its C library is glibc.
-
-    Each step of a training allocates and frees the same large tensors. glibc would give those of over 32 MB back to the
-    system at once, which hands them out anew page by page, each filled with zeros first.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 class FastDropout(nn.Dropout):
