@@ -281,7 +281,7 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
         make_model: the classifier to begin with, of the flags, the config and the training data.
     """
     from distributed import make_accelerator
-    from dropout import quicken_dropout
+    from fast_training import quicken
     from trainer import find_state
     from transformer import add_lora, check_output_folder
     from util import choose_device, choose_precision, load_checkpoint, set_seed
@@ -295,8 +295,10 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     accelerator = make_accelerator(args, device, precision)
     set_seed(args.seed)
     model = make_model(args, config, train)
-    if train.facts["kind"] == "fs":  # of the time of smaller models, dropout is a smaller share
-        quicken_dropout(model.embedding)
+    if train.facts["kind"] == "fs":
+        # DiffQ rounds the whole token table; meta pseudo labels read more text than the training data.
+        whole = args.enable_diffq or getattr(args, "mpl_data_path", None)
+        quicken(model.embedding.transformer, device, None if whole else train.token_ids)
     record = make_record(args, config, train, valid, model.embedding, precision)
     state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
     if args.resume and not state:

@@ -100,8 +100,8 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
                                   f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=last", [1]),
 }
 # What a row depends on; another version of it makes the row stale.
-DECISIVE = ("preprocess.py", "train.py", "training.py", "trainer.py", "model.py", "dropout.py", "dataset.py", "text.py",
-            "vectors.py", "transformer.py")
+DECISIVE = ("preprocess.py", "train.py", "training.py", "fast_training.py", "trainer.py", "model.py", "dataset.py",
+            "text.py", "vectors.py", "transformer.py")
 DECISIVE_FOR_STUDENTS = ("augment_data.py", "fastformers.py", "distillation.py", "pseudo_labels.py", "pruning.py")
 
 

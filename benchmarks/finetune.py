@@ -79,14 +79,15 @@ def alone(measure: Callable[..., Any], *args: Any) -> Any:
 def our_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Path, precision: str, sizes: Sizes,
              profiler: Any = None) -> float:
     """Sentences a second as train.py trains."""
-    from dropout import quicken_dropout
-    from util import keep_freed_memory
+    from dataset import EncodedData
+    from fast_training import quicken
+    from util import choose_device, keep_freed_memory
 
     keep_freed_memory()
 
     def make_model() -> Any:
         model = new_classifier(name, config, path)
-        quicken_dropout(model.embedding)
+        quicken(model.embedding.transformer, choose_device(flags["device"]), EncodedData(path).token_ids)
         return model
 
     return training_rate(make_model, flags, path, precision, 0, sizes, profiler)

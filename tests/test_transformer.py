@@ -20,7 +20,7 @@ import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import EncodedData, pad
-from dropout import FastDropout
+from fast_training import FastDropout, PartialEmbedding
 from model import build_model, load_classifier, parameter_groups
 from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
 from transformer import (
@@ -415,10 +415,11 @@ def test_gradient_checkpointing_computes_the_same_twice(bert: Case, monkeypatch:
     assert all(torch.allclose(plain[name], saving[name], atol=1e-6) for name in plain)
 
 
-def test_a_transformer_trains_with_the_fast_dropout(bert: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", [FastDropout, PartialEmbedding])
+def test_a_transformer_trains_with_the_fast_parts(bert: Case, monkeypatch: pytest.MonkeyPatch, part: Any) -> None:
     used = []
-    forward = FastDropout.forward
-    monkeypatch.setattr(FastDropout, "forward", lambda self, x: used.append(self.training) or forward(self, x))
+    forward = part.forward
+    monkeypatch.setattr(part, "forward", lambda self, x: used.append(self.training) or forward(self, x))
     train.main(bert.train_flags("--epoch=1", "--max_train_steps=1"))
     assert any(used)  # in training
 
