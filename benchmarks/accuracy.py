@@ -53,6 +53,8 @@ CONFIGS = {
     "cnn-taught": "configs/config-glove-cnn.json",
     "densenet-cnn-taught": "configs/config-densenet-cnn.json",
     "densenet-dsa-taught": "configs/config-densenet-dsa.json",
+    "minilm-cls-taught": "configs/config-bert-cls.json",
+    "minilm-cnn-taught": "configs/config-bert-cnn.json",
     "minilm-3": "configs/config-bert-cls.json",
     "minilm-3-taught": "configs/config-bert-cls.json",
     "minilm-3-mpl": "configs/config-bert-cls.json",
@@ -61,7 +63,11 @@ CONFIGS = {
 }
 TEACHER = "minilm-cls"
 TAUGHT = [model for model in CONFIGS if model.endswith(("-taught", "-mpl", "-augmented", "-pruned"))]
-AUGMENTATION = {"sst2": "--n_iter=10", "snips": "--n_iter=10"}  # augment_data.py's flags by data set
+# Whose mean logits a student learns, as models and seeds, and augment_data.py's flags for the text.
+Teaching = tuple[tuple[tuple[str, int], ...], str]
+BY_ONE: Teaching = (((TEACHER, 1),), "--n_iter=10")
+BY_THREE: Teaching = ((("minilm-cls", 1), ("minilm-cls", 2), ("minilm-cnn", 1)), "--n_iter=1")
+TEACHING = {"minilm-cls-taught": BY_THREE, "minilm-cnn-taught": BY_THREE}  # others: BY_ONE
 ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
 SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases repeat: one pass is enough
 SNIPS = "--word_dropout=0.5 --rdrop=4"
@@ -69,6 +75,8 @@ TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
 MINILM_SST2 = "--batch_size=64 --warmup_ratio=0.1 --measure=loss --lr=1e-4 --epoch=2 --rdrop=3 --layer_lr_decay=0.85"
 BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
+BY_THEIR_LOGITS = ("--augmented --criterion=MSELoss --batch_size=64 --warmup_ratio=0.1 --measure=loss --lr=1e-4 "
+                   "--epoch=1 --layer_lr_decay=0.85")
 STUDENT = (f"--do_distill --teacher_model_path={{minilm-cls}} {MINILM} --epoch=2 --measure=last "
            "--student_init_layers=0,2,4 --kd_temperature=2")
 # {MODEL} is the model of that name on the same data set, {augmented} the augmented text.
@@ -92,6 +100,8 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1, 2, 3]),
     ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
     ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
+    ("sst2", "minilm-cls-taught"): (BY_THEIR_LOGITS, [1, 2, 3]),
+    ("sst2", "minilm-cnn-taught"): (BY_THEIR_LOGITS, [1, 2, 3]),
     ("sst2", "minilm-3"): (f"{MINILM} --epoch=1 --rdrop=1 --measure=loss --bert_remove_layers=1,3,5", [1]),
     ("sst2", "minilm-3-taught"): (STUDENT, [1]),
     ("sst2", "minilm-3-mpl"): (f"{STUDENT} --mpl_data_path={{augmented}}", [1]),
@@ -220,7 +230,7 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
             code = code_hash(DECISIVE_FOR_STUDENTS)
             used, facts["teachers"] = find_teachers(plan, source, data, flags)
             if "--augmented" in flags:
-                place = augmented_text(plan, source, data.name, name)
+                place = augmented_text(plan, source, data.name, name, TEACHING.get(model, BY_ONE))
                 facts["augmented"] = sha256(place)
                 for file in (place, *place.parent.glob("logits-*.json")):
                     shutil.copyfile(file, data / file.name)
@@ -254,13 +264,14 @@ def run_folder(checkpoints: Path, data_set: str, model: str, seed: int) -> Path:
     return checkpoints / f"{data_set}-{model}-{seed}"
 
 
-def kept_model(checkpoints: Path | None, data_set: str, model: str) -> Path:
-    """The first seed's model that stands in --checkpoints."""
-    seed = RECIPES.get((data_set, model), ("", [1]))[1][0]
+def kept_model(checkpoints: Path | None, data_set: str, model: str, seed: int = 0) -> Path:
+    """The model of a seed (0: of the first one) that stands in --checkpoints."""
+    seed = seed or RECIPES.get((data_set, model), ("", [1]))[1][0]
     path = run_folder(checkpoints or Path(), data_set, model, seed) / "model.pt"
     if not checkpoints or not Path(f"{path}.train.json").exists():  # which a finished run leaves
-        raise InputError(f"{model} on {data_set} is needed and not in --checkpoints; run benchmark.py accuracy "
-                         f"--data_sets {data_set} --models {model} --checkpoints=FOLDER first, and name its folder.")
+        raise InputError(f"{model} on {data_set}, seed {seed}, is needed and not in --checkpoints; run benchmark.py "
+                         f"accuracy --data_sets {data_set} --models {model} --seeds {seed} --checkpoints=FOLDER first, "
+                         "and name its folder.")
     return path
 
 
@@ -270,26 +281,35 @@ def find_teachers(plan: Plan, source: Path, data: Path, flags: list[str]) -> tup
               for model in CONFIGS if any(f"{{{model}}}" in flag for flag in flags)}
     places: dict[str, Path] = dict(models)
     if any("{augmented}" in flag for flag in flags):
-        places["augmented"] = augmented_text(plan, source, data.name, data.name)
+        places["augmented"] = augmented_text(plan, source, data.name, data.name, BY_ONE)
     return [flag.format_map(places) for flag in flags], [sha256(path) for path in models.values()]
 
 
-def augmented_text(plan: Plan, source: Path, data_set: str, name: str) -> Path:
-    """The training text augmented, with the teacher's logits and their record beside it; made once for each teacher."""
-    teacher = kept_model(plan.checkpoints, data_set, TEACHER)
-    folder = teacher.parent.parent / f"{data_set}-augmented-{sha256(teacher)[:8]}"
+def augmented_text(plan: Plan, source: Path, data_set: str, name: str, teaching: Teaching) -> Path:
+    """The training text augmented, with its teachers' mean logits and their record beside it; made once for each set.
+
+    Args:
+        teaching: as in TEACHING.
+    """
+    names, flags = teaching
+    teachers = [kept_model(plan.checkpoints, data_set, model, seed) for model, seed in names]
+    sums = [sha256(teacher) for teacher in teachers]
+    whose = sums[0] if len(sums) == 1 else digest(str(sums))
+    folder = teachers[0].parent.parent / f"{data_set}-augmented-{whose[:8]}"
     path = folder / "augmented.txt"
     if path.exists():
         return path
-    common = (f"--config={CONFIGS[TEACHER]}", f"--data_dir={folder}")
-    onnx = (f"--onnx_path={folder / 'teacher.onnx'}", "--num_threads=0")
+    config, where = f"--config={CONFIGS[TEACHER]}", f"--data_dir={folder}"
     encoding = encoding_flags(name, load_config(CONFIGS[TEACHER]), plan.embedding_path, plan.bert)
     encode(source, folder, CONFIGS[TEACHER], *encoding)
     run_stage("augment_data.py", f"--input={folder / SPLITS[0]}", f"--output={folder / 'augmented.raw'}", "--lower",
-              "--parallel", *AUGMENTATION.get(name, "").split())
-    run_stage("preprocess.py", *common, *encoding, "--augmented")
-    run_stage("evaluate.py", *common, f"--model_path={teacher}", "--convert_onnx", *onnx)
-    run_stage("evaluate.py", *common, f"--model_path={teacher}", "--enable_ort", *onnx, "--augmented",
+              "--parallel", *flags.split())
+    run_stage("preprocess.py", config, where, *encoding, "--augmented")
+    exported = [folder / f"teacher-{number}.onnx" for number, _ in enumerate(teachers, 1)]
+    for teacher, onnx in zip(teachers, exported, strict=True):
+        run_stage("evaluate.py", where, f"--model_path={teacher}", "--convert_onnx", f"--onnx_path={onnx}")
+    more = ["--more_teachers", *map(str, exported[1:])] if len(exported) > 1 else []
+    run_stage("evaluate.py", where, "--enable_ort", f"--onnx_path={exported[0]}", *more, "--augmented",
               "--batch_size=128")
     shutil.copyfile(folder / "augmented.raw.pred", folder / "partial")
     os.replace(folder / "partial", path)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import TAUGHT, TEACHER, kept_model
+from benchmarks.accuracy import TAUGHT, TEACHER, TEACHING, kept_model
 from benchmarks.inference import Answer, Case, summarize, time_answers
 from benchmarks.measure import figure
 from text import InputError
@@ -24,7 +24,7 @@ def measure_chain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     counts: dict[str, float] = {}
     megabytes: dict[str, float] = {}
     models = {TEACHER: teacher}
-    for name in TAUGHT:
+    for name in (name for name in TAUGHT if name not in TEACHING):  # those are others' students
         try:
             models[name] = kept_model(checkpoints, source.name, name)
         except InputError:

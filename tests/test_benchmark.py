@@ -315,11 +315,15 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     source, bert = raw.data.rename(raw.data.parent / "sst2"), raw.data.parent / "bert"
     make_model("BERT", bert, [example.sentence for example in accuracy.Lines(source / "train.txt")])
     monkeypatch.setitem(accuracy.CONFIGS, "cnn-taught", accuracy.CONFIGS["cnn"])
-    monkeypatch.setitem(accuracy.AUGMENTATION, "sst2", "--n_iter=2 --analyzer=hanta")
+    flags = "--n_iter=2 --analyzer=hanta"
+    monkeypatch.setattr(accuracy, "BY_ONE", (((accuracy.TEACHER, 1),), flags))
+    two = ((accuracy.TEACHER, 1), ("minilm-cnn", 1))
+    monkeypatch.setitem(accuracy.TEACHING, "minilm-cls-taught", (two, flags))
     for model in ("minilm-3-augmented", "minilm-3-pruned"):
         flags = accuracy.RECIPES["sst2", model][0].replace("0,2,4", "0").replace("heads=6", "heads=1")
         monkeypatch.setitem(accuracy.RECIPES, ("sst2", model), (flags.replace("dim=512", "dim=8"), [1]))
-    models = ("minilm-cls", "cnn-taught", "minilm-3-augmented", "minilm-3-pruned")
+    students = ("cnn-taught", "minilm-3-augmented", "minilm-3-pruned")
+    models = ("minilm-cls", "minilm-cnn", "minilm-cls-taught", *students)
     for model in models:
         if model != "cnn-taught":
             monkeypatch.setitem(accuracy.CONFIGS, model, str(ROOT / accuracy.CONFIGS[model]))
@@ -329,14 +333,15 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     rows = {row["model"]: row for row in result("accuracy")["rows"]}
     assert set(models) < set(rows)
     assert "--model_path={minilm-3-augmented}" in rows["minilm-3-pruned"]["flags"]
-    labelled = next(Path("kept").glob("sst2-augmented-*/augmented.txt")).read_text().splitlines()
-    assert len(labelled) > 46 and len(labelled[0].split("\t")[1].split()) > 1
+    labelled = [path.read_text().splitlines() for path in Path("kept").glob("sst2-augmented-*/augmented.txt")]
+    assert len(labelled) == 2 and labelled[0] != labelled[1]  # by one teacher, and by two
+    assert all(len(lines) > 46 and len(lines[0].split("\t")[1].split()) > 1 for lines in labelled)
     assert json.loads(Path("kept/sst2-cnn-taught-1/model.pt.train.json").read_text())["flags"]["augmented"]
 
     capsys.readouterr()
     run("chain", f"--data_dir={source}", "--checkpoints=kept", f"--embedding_path={raw.vectors}",
         f"--bert_model_name_or_path={bert}", "--num_threads=1")
-    found = check_figures("chain", capsys.readouterr().out, 3 * len(models) + 1)
+    found = check_figures("chain", capsys.readouterr().out, 3 * (1 + len(students)) + 1)
     sizes = {(point["model"], point["form"]): point["mb"] for point in found["points"]}
     assert sizes["minilm-3-pruned", "ONNX"] < sizes["minilm-3-augmented", "ONNX"] < sizes["minilm-cls", "ONNX"]
     assert Path("results/chain.png").read_bytes().startswith(b"\x89PNG")
