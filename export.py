@@ -29,11 +29,12 @@ from graph import (
     pack_attention,
     quantize_tables,
     select_early,
+    shorten_lookups,
     tabulate_convolutions,
     tidy,
     trained_scales,
 )
-from inference import INPUTS, ONNX_FORMAT, OUTPUT, RECORD_KEY, VOCABULARY_KEY, make_session
+from inference import BUSY_WAIT, INPUTS, ONNX_FORMAT, OUTPUT, RECORD_KEY, VOCABULARY_KEY, make_session
 from model import Classifier, WordEmbedding
 from text import InputError, atomic_write
 
@@ -68,7 +69,7 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
     Args:
         query, key, value: [B, heads, T, size].
-        attention_mask: what is added to the scores; [B, 1, 1, T] where it only masks padding.
+        attention_mask: what is added to the scores; of booleans, [B, 1, 1, T], where it only masks padding.
         position_bias: what is added beside it.
     """
     batch, heads, length, size = query.shape
@@ -77,9 +78,12 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
         return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads * size)
 
     padding = None
-    if attention_mask is not None and position_bias is None and attention_mask.shape[2] == 1:
-        padding, attention_mask = (attention_mask[:, 0, 0] >= 0).to(torch.int32), None
-    elif position_bias is not None:
+    if attention_mask is not None and attention_mask.dtype is torch.bool:
+        if position_bias is None:
+            padding, attention_mask = attention_mask.squeeze((1, 2)).to(torch.int32), None
+        else:
+            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(torch.float32).min)
+    if position_bias is not None:
         attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
     if key.shape[1] != heads:  # several query heads share a key
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
@@ -92,12 +96,11 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
 def attention_mask_for_onnx(*, mask_function: Any = None, attention_mask: Tensor | None = None,
                             **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' eager attention, without the axis of queries where it is the same for all of them."""
+    """The mask of transformers' eager attention; where it is the same for all queries, True at real tokens."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask
 
     if mask_function is bidirectional_mask_function and attention_mask is not None and attention_mask.ndim == 2:
-        lowest = torch.finfo(torch.float32).min
-        return torch.where(attention_mask.bool(), 0.0, lowest)[:, None, None, :]
+        return attention_mask.bool()[:, None, None, :]
     return eager_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
@@ -159,19 +162,24 @@ def _quiet() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- optimize
 
 
-def simplify(graph: onnx.ModelProto, pack: bool = True) -> onnx.ModelProto:
+def simplify(graph: onnx.ModelProto, n_ctx: int, pack: bool = True) -> onnx.ModelProto:
     """The exported graph with less to compute, still in fp32 and open to quantization.
 
     Args:
         graph: left as it is.
+        n_ctx: tokens of the longest sentence.
         pack: several products into one, where that is quicker.
     """
     from onnxruntime.quantization.onnx_model import ONNXModel
 
     wrapped = ONNXModel(_copy(graph))
     wrapped.replace_gemm_with_matmul()
-    for step in (tidy, select_early, *([pack_attention] if pack else []), tidy):
-        step(wrapped.model.graph)
+    tidy(wrapped.model.graph)
+    shorten_lookups(wrapped.model.graph, n_ctx)
+    select_early(wrapped.model.graph)
+    if pack:
+        pack_attention(wrapped.model.graph)
+    tidy(wrapped.model.graph)
     return wrapped.model
 
 
@@ -357,11 +365,11 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
     Raises:
         InputError: a check fails; the file is not written.
     """
-    kind = checkpoint["facts"]["kind"]
+    kind, n_ctx = checkpoint["facts"]["kind"], checkpoint["facts"]["n_ctx"]
     valid = EncodedData(folder / f"valid.txt.{kind}")
-    rows = check_rows(valid, checkpoint["facts"]["n_ctx"])
+    rows = check_rows(valid, n_ctx)
     exported = export_graph(model, opset)
-    graph = simplify(exported)
+    graph = simplify(exported, n_ctx)
     fused = fuse(graph)
     worst = check(fused, model, rows, num_threads)
     size = write(fused, make_record(checkpoint, opset=opset, difference=worst), checkpoint["vocabulary"], path)
@@ -371,7 +379,7 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
         train = EncodedData(folder / f"train.txt.{kind}")
         trained = {}
         if (checkpoint.get("quantization") or {}).get("way") in ("qat", "qat_fx"):
-            graph = simplify(exported, pack=False)
+            graph = simplify(exported, n_ctx, pack=False)
             trained = trained_scales(exported, graph, checkpoint["quantization"]["scales"])
         made, figures = choose_int8(graph, fused, train, valid, num_threads, trained=trained, int8_mb=int8_mb)
         size = write(made, make_record(checkpoint, opset=opset, int8=figures), checkpoint["vocabulary"], int8_path)
@@ -464,7 +472,8 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
 def _time(graphs: Sequence[onnx.ModelProto], rows: Sequence[np.ndarray], num_threads: int) -> list[float]:
     """Median milliseconds a sentence of each graph, taken in turns, so that what else the machine does hits all.
 
-    A turn is some sentences long, the first of which do not count: a session's threads wait busily for a while.
+    A turn is some sentences long, the first of which do not count, and begins when the threads of the session before,
+    which wait busily for a while, have gone to sleep.
     """
     sessions = [make_session(graph.SerializeToString(), num_threads) for graph in graphs]
     feeds = [{INPUTS[0]: np.asarray(row, dtype=np.int64)[None], INPUTS[1]: np.ones((1, len(row)), dtype=bool)}
@@ -473,6 +482,7 @@ def _time(graphs: Sequence[onnx.ModelProto], rows: Sequence[np.ndarray], num_thr
     for start in range(0, len(feeds), 20):
         turn = feeds[start : start + 20]
         for session, spent in zip(sessions, seconds, strict=True):
+            time.sleep(BUSY_WAIT)
             for number, feed in enumerate([*turn[:5], *turn]):
                 begin = time.perf_counter()
                 session.run([OUTPUT], feed)

@@ -17,6 +17,8 @@ from onnx import numpy_helper
 # Operators that compute each position by itself.
 ROWWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Where", "Not", "Cast", "Erf", "Gelu", "Relu", "Tanh", "Sigmoid",
            "LayerNormalization", "MatMul")
+RESHAPING = ("Reshape", "Squeeze", "Unsqueeze")
+MOVING = (*RESHAPING, "Expand", "Gather", "GatherElements", "Identity", "Slice")  # operators that compute nothing
 INTEGER_OPERATORS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "QAttention",
                      "QLinearConv", "QLinearMatMul", "QGemm")
 FLOAT_OPERATORS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention")
@@ -44,18 +46,29 @@ def _replace_uses(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 
 def tidy(graph: onnx.GraphProto) -> None:
-    """Remove reshapes that end where they began, and what nothing reads."""
+    """Remove reshapes that end where they began, casts of casts of truth values, and what nothing reads."""
     shapes, producers = _shapes(graph), _producers(graph)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.input]}
     outputs = {value.name for value in graph.output}
+
+    def origin(name: str, operators: tuple[str, ...]) -> str:
+        while name in producers and producers[name].op_type in operators:
+            name = producers[name].input[0]
+        return name
+
     for node in graph.node:
-        if node.op_type != "Reshape" or node.output[0] in outputs:
+        if node.output[0] in outputs:
             continue
-        origin = node.input[0]
-        while origin in producers and producers[origin].op_type == "Reshape":
-            origin = producers[origin].input[0]
-        shape = shapes.get(origin, [""])
-        if all(shape) and shape == shapes.get(node.output[0]):
-            _replace_uses(graph, node.output[0], origin)
+        if node.op_type in RESHAPING:
+            first = origin(node.input[0], RESHAPING)
+            shape = shapes.get(first, [""])
+            if all(shape) and shape == shapes.get(node.output[0]):
+                _replace_uses(graph, node.output[0], first)
+        elif node.op_type == "Cast" and kinds.get(first := origin(node.input[0], ("Cast",))) == onnx.TensorProto.BOOL:
+            if node.attribute[0].i == onnx.TensorProto.BOOL:
+                _replace_uses(graph, node.output[0], first)
+            else:
+                node.input[0] = first
     used = outputs
     for node in reversed(list(graph.node)):  # nodes stand in the order of computation
         if used.isdisjoint(node.output):
@@ -72,7 +85,19 @@ def select_early(graph: onnx.GraphProto) -> None:
     A `Gather` of one position of [B, T, D] moves up over operators that compute each position by itself.
     """
     while any(_move_up(graph, node) for node in graph.node if node.op_type == "Gather"):
-        pass
+        _join_gathers(graph)
+
+
+def _join_gathers(graph: onnx.GraphProto) -> None:
+    """Keep one of several Gathers that read the same, so that it can move on over what all of them read."""
+    first: dict[bytes, str] = {}
+    for node in [node for node in graph.node if node.op_type == "Gather"]:
+        alike = onnx.helper.make_node("Gather", node.input, ["joined"])
+        alike.attribute.extend(node.attribute)
+        kept = first.setdefault(alike.SerializeToString(), node.output[0])
+        if kept != node.output[0]:
+            _replace_uses(graph, node.output[0], kept)
+            graph.node.remove(node)
 
 
 def _move_up(graph: onnx.GraphProto, gather: onnx.NodeProto) -> bool:
@@ -115,6 +140,49 @@ def _move_up(graph: onnx.GraphProto, gather: onnx.NodeProto) -> bool:
         graph.value_info.remove(value)
     graph.node.remove(gather)
     return True
+
+
+def _constant_of(graph: onnx.GraphProto, name: str) -> int | None:
+    """The integer that all elements of a value are, None where it is not told by the graph."""
+    tensor = next((one for one in graph.initializer if one.name == name), None)
+    if tensor is not None:
+        array = numpy_helper.to_array(tensor)
+        same = array.size and array.dtype.kind == "i" and (array == array.flat[0]).all()
+        return int(array.flat[0]) if same else None
+    node = _producers(graph).get(name)
+    return _constant_of(graph, node.input[0]) if node is not None and node.op_type in MOVING else None
+
+
+def shorten_lookups(graph: onnx.GraphProto, n_ctx: int) -> None:
+    """Look up nothing that is known beforehand: a row that all tokens have, and rows by position.
+
+    A `Gather` of the same row everywhere becomes that row, where it is only added; one by a piece of 0, 1, 2 ...
+    becomes a piece of the table, of which no more than `n_ctx` rows stay.
+    """
+    tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    for node in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]:
+        table = numpy_helper.to_array(tables[node.input[0]])
+        shapes, producers = _shapes(graph), _producers(graph)
+        readers = [one for one in graph.node if node.output[0] in one.input]
+        row = _constant_of(graph, node.input[1])
+        piece = producers.get(node.input[1])
+        if any(attribute.name == "axis" and attribute.i for attribute in node.attribute):
+            continue
+        alike = [shapes.get(node.output[0], [])] * 2
+        if row is not None and all(one.op_type == "Add" and [shapes.get(name) for name in one.input] == alike
+                                   for one in readers):
+            graph.initializer.append(numpy_helper.from_array(table[row], f"{node.output[0]}_row"))
+            _replace_uses(graph, node.output[0], f"{node.output[0]}_row")
+        elif piece is not None and piece.op_type == "Slice":
+            counted = next((one for one in graph.initializer if one.name == piece.input[0]), None)
+            numbers = None if counted is None else numpy_helper.to_array(counted)
+            if numbers is None or numbers.shape != (1, len(table)) or (numbers[0] != np.arange(len(table))).any():
+                continue
+            graph.initializer.append(numpy_helper.from_array(table[None, :n_ctx], f"{node.output[0]}_table"))
+            at = list(graph.node).index(node)
+            graph.node.remove(node)
+            graph.node.insert(at, onnx.helper.make_node("Slice", [f"{node.output[0]}_table", *piece.input[1:]],
+                                                        node.output))
 
 
 def pack_attention(graph: onnx.GraphProto) -> None:

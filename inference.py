@@ -26,6 +26,7 @@ from text import InputError, Labels, text_encoder
 RECORD_KEY, VOCABULARY_KEY = "classifier", "vocabulary"
 ONNX_FORMAT = 1
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
+BUSY_WAIT = 0.1  # seconds after an answer in which a session's threads may still wait busily for the next request
 
 
 class Prediction(NamedTuple):

@@ -219,10 +219,10 @@ class TransformerEmbedding(nn.Module):
         return inputs if whole else tuple(x[:, :1] for x in inputs)
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """input_ids [B, T], mask [B, T] -> [B, T, D], zero where mask is False; [B, 1, D] after read_first_only."""
+        """input_ids [B, T], 0 where mask [B, T] is False -> [B, T, D], zero there; [B, 1, D] after read_first_only."""
         self._pad = ~mask
-        # mBART finds a sentence's end by the pad token; most models do not look.
-        input_ids = input_ids.masked_fill(self._pad, self.transformer.config.pad_token_id or 0)
+        if pad_id := self.transformer.config.pad_token_id:  # mBART finds a sentence's end by it
+            input_ids = input_ids.masked_fill(self._pad, pad_id)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output = self.transformer(input_ids=input_ids, attention_mask=mask.long(), **self._kwargs)
         if not torch.is_grad_enabled():  # else gradient checkpointing needs it once more

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from arguments import encoded_kind, load_config
 from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, encoding_flags, run_stage
 from benchmarks.measure import Sizes, figure, interleave
+from inference import BUSY_WAIT
 from text import InputError, Lines
 
 logger = logging.getLogger(__name__)
@@ -229,14 +230,19 @@ class Case:
 
 
 def time_answers(sides: dict[str, Answer], sentences: list[str], rounds: int, shown: str) -> dict[str, list[float]]:
-    """Milliseconds of each sentence by each side, in turns of fifty sentences."""
+    """Milliseconds of each sentence by each side, in turns of fifty sentences.
+
+    A turn begins when the threads of the side before, which wait busily for a while, have gone to sleep.
+    """
     times: dict[str, list[float]] = {side: [] for side in sides}
     with tqdm(total=rounds * len(sentences), unit="sentence", desc=shown, disable=None) as bar:
         for _ in range(rounds):
             for start in range(0, len(sentences), 50):
                 turn = sentences[start : start + 50]
                 for side, answer in sides.items():
-                    answer(turn[0])  # the others have used the cache
+                    time.sleep(BUSY_WAIT)
+                    for sentence in turn[:5]:  # the others have used the cache
+                        answer(sentence)
                     for sentence in turn:
                         begin = time.perf_counter()
                         answer(sentence)

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, HIDDEN, POSITIONS
 from conftest import Place
 from helpers import DIM, ENCODERS, ROOT, make_config, refusal, snapshot, write_config
 from test_transformer import Case, make_case
@@ -24,7 +24,7 @@ import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import pad
-from graph import pack_attention, quantize_tables, select_early, tabulate_convolutions, tidy
+from graph import pack_attention, quantize_tables, select_early, shorten_lookups, tabulate_convolutions, tidy
 from inference import RECORD_KEY, load
 from model import Classifier, WordEmbedding, build_model, load_classifier
 from text import InputError
@@ -143,7 +143,7 @@ def test_the_model_is_as_before_after_an_export(bert_graph: tuple[Any, onnx.Mode
 def test_each_rewrite_computes_the_same(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
     model, graph = bert_graph
     made = copy(graph)
-    for step in (tidy, select_early, pack_attention, tidy):
+    for step in (tidy, lambda graph: shorten_lookups(graph, 64), select_early, pack_attention, tidy):
         before = operators(made)
         step(made.graph)
         assert export.check(made, model, ROWS) < 1e-5
@@ -151,15 +151,25 @@ def test_each_rewrite_computes_the_same(bert_graph: tuple[Any, onnx.ModelProto])
     assert operators(made).count("Attention") == 3 and "MultiHeadAttention" not in operators(made)
 
 
+def test_what_all_tokens_have_is_not_looked_up(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    names = operators(export.simplify(bert_graph[1], 64))
+    assert names[: names.index("LayerNormalization")].count("Gather") == 1  # of words: neither of types nor of places
+    assert not {"GatherElements", "Expand", "GreaterOrEqual"} & set(names)
+    short = export.simplify(bert_graph[1], 40)
+    sizes = {tuple(tensor.dims) for tensor in short.graph.initializer}
+    assert (1, 40, HIDDEN) in sizes and (POSITIONS, HIDDEN) not in sizes
+    assert export.check(short, bert_graph[0], ROWS) < 1e-5
+
+
 def test_the_last_layer_is_computed_at_one_position(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    made = export.simplify(copy(bert_graph[1]))
+    made = export.simplify(copy(bert_graph[1]), 64)
     names = operators(made)
     last = len(names) - 1 - names[::-1].index("Attention")
-    assert "Gather" in names[last:] and names[last:].count("MatMul") >= 3  # attention's output, two of the network
+    assert names[last + 1] == "Gather" and names[last:].count("MatMul") >= 3  # its projection, two of the network
 
 
 def test_what_onnx_runtime_fuses(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    fused = operators(export.fuse(export.simplify(copy(bert_graph[1]))))
+    fused = operators(export.fuse(export.simplify(copy(bert_graph[1]), 64)))
     counts = [fused.count(name) for name in ("Attention", "BiasGelu", "LayerNormalization", "SkipLayerNormalization")]
     assert counts == [3, 2, 7, 0]  # after three layers, of which the last is computed at one position
 
@@ -178,7 +188,7 @@ def test_tables_in_int8(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
 
 
 def test_integer_operators_and_their_share(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    graph = export.simplify(copy(bert_graph[1]))
+    graph = export.simplify(copy(bert_graph[1]), 64)
     assert export.int8_share(graph) == 0.0
     made = export.fuse(export.quantize(graph, export.Setting((), 8), ROWS))
     assert export.int8_share(made) == 1.0 and {"QAttention", "DynamicQuantizeMatMul"} & set(operators(made))
@@ -191,7 +201,7 @@ def make_words(encoder: str = "cnn", /, **changes: Any) -> tuple[Classifier, onn
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, export.simplify(export.export_graph(model))
+    return model, export.simplify(export.export_graph(model), 64)
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 4, 5, 6], [5, 1]])
@@ -299,7 +309,7 @@ def test_a_weight_that_is_only_stored_in_int8_is_none(bert_graph: tuple[Any, onn
 def test_pad_rows_and_unseen_words_of_a_table(trained: Place) -> None:
     model = load_classifier(load_checkpoint(trained.model), [str(trained.data)]).eval()
     rows = [np.array([2, 3, 40, 41, 42]), np.array([1]), np.array([len(model.embedding.frozen) + 3, 2])]
-    assert export.check(export.fuse(export.simplify(export.export_graph(model))), model, rows) < 1e-5
+    assert export.check(export.fuse(export.simplify(export.export_graph(model), 64)), model, rows) < 1e-5
 
 
 @pytest.mark.parametrize("opset", [18, 23])

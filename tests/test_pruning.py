@@ -275,7 +275,7 @@ def test_onnx_and_int8(pruned_once: Case) -> None:
     """Attention is packed, and the last layer computed at one position, as in a whole model."""
     model, data = load(pruned_once, "pruned.pt"), EncodedData(pruned_once.root / "data/test.txt.fs")
     rows = data.rows(range(len(data)))
-    graph = export.simplify(export.export_graph(model))
+    graph = export.simplify(export.export_graph(model), 64)
     fused = export.fuse(graph)
     assert export.check(fused, model, rows) < 1e-4
     attentions = [node for node in fused.graph.node if node.op_type == "Attention"]
