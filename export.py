@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import EncodedData, pad
+from dataset import EncodedData, check_same_data, pad
 from graph import (
     int8_share,
     pack_attention,
@@ -69,7 +69,7 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
     Args:
         query, key, value: [B, heads, T, size].
-        attention_mask: what is added to the scores; of booleans, [B, 1, 1, T], where it only masks padding.
+        attention_mask: what is added to the scores, or True at real tokens; [B, 1, 1, T] where it only masks padding.
         position_bias: what is added beside it.
     """
     batch, heads, length, size = query.shape
@@ -78,6 +78,8 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
         return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads * size)
 
     padding = None
+    if attention_mask is not None and attention_mask.dtype is not torch.bool and attention_mask.shape[2] == 1:
+        attention_mask = attention_mask >= 0  # of a model that makes its own
     if attention_mask is not None and attention_mask.dtype is torch.bool:
         if position_bias is None:
             padding, attention_mask = attention_mask.squeeze((1, 2)).to(torch.int32), None
@@ -100,7 +102,7 @@ def attention_mask_for_onnx(*, mask_function: Any = None, attention_mask: Tensor
     from transformers.masking_utils import bidirectional_mask_function, eager_mask
 
     if mask_function is bidirectional_mask_function and attention_mask is not None and attention_mask.ndim == 2:
-        return attention_mask.bool()[:, None, None, :]
+        return attention_mask[:, None, None, :]
     return eager_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
@@ -367,6 +369,7 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
     """
     kind, n_ctx = checkpoint["facts"]["kind"], checkpoint["facts"]["n_ctx"]
     valid = EncodedData(folder / f"valid.txt.{kind}")
+    check_same_data(valid, checkpoint, checkpoint["flags"]["save_path"])
     rows = check_rows(valid, n_ctx)
     exported = export_graph(model, opset)
     graph = simplify(exported, n_ctx)

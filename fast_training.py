@@ -1,13 +1,15 @@
 """What makes training a transformer faster and leaves what it learns as it is.
 
 On a CPU dropout draws fewer random numbers, and attention is computed in fewer and faster steps than by torch, whose
-fused kernels take no dropout. Everywhere, gradients and optimizer state exist only for the tokens that the data have.
+fused kernels take no dropout. Everywhere, gradients and optimizer state exist only for the tokens that the data have;
+the other rows of the token table each process holds as they are, with ZeRO's stage 3 too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,21 +76,26 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
 
     Args:
         query, key, value: [B, heads, T, size].
-        attention_mask: what is added to the scores, [B or 1, 1 or heads, T queries, T keys].
+        attention_mask: what is added to the scores, [B or 1, 1 or heads, T queries, T keys]; None: nothing.
 
     Returns:
         [B, T queries, heads, size], and None in the place of the weights.
     """
     batch, heads, length, size = query.shape
-    plain = key.shape[1] == heads and kwargs.get("position_bias") is None and attention_mask is not None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal  # what decides where there is no mask
+    plain = key.shape[1] == heads and kwargs.get("position_bias") is None and not (causal and attention_mask is None)
     if not plain or not torch.is_grad_enabled():  # without gradients torch has a fused kernel
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    assert attention_mask is not None
+    scale = size**-0.5 if scaling is None else scaling
     q, k, v = (x.reshape(batch * heads, -1, x.shape[-1]) for x in (query, key, value))
     scores = torch.bmm(k, q.transpose(1, 2)).view(batch, heads, -1, length)
-    scores = torch.add(attention_mask.float().transpose(2, 3), scores, alpha=size**-0.5 if scaling is None else scaling)
+    if attention_mask is None:
+        scores = scores.float() * scale
+    else:
+        scores = torch.add(attention_mask.float().transpose(2, 3), scores, alpha=scale)
     weights = fast_dropout(scores.softmax(2).to(v.dtype), dropout).flatten(0, 1)
     return torch.bmm(weights.transpose(1, 2), v).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
@@ -104,7 +111,7 @@ class PartialEmbedding(nn.Embedding):
 
     Attributes:
         weight: the trained rows [N, D].
-        whole: all rows [V, D]; the trained ones as they were at first.
+        whole: all rows [V, D]; the trained ones as they were at first, or when last loaded.
         rows: where the trained ones stand in it [N] int64.
         places: for each row its place among the trained ones, and N for the others [V] int64.
     """
@@ -131,8 +138,9 @@ def train_read_rows(transformer: Any, token_ids: Any) -> None:
     users = sum(parameter is table for one in transformer.modules() for parameter in one.parameters(recurse=False))
     if type(module) is not nn.Embedding or users != 1 or not table.requires_grad or module.max_norm is not None:
         return
-    read = torch.zeros(len(table), dtype=torch.bool)
-    read[torch.as_tensor(token_ids, dtype=torch.int64)] = True
+    seen = np.zeros(len(table), dtype=bool)
+    seen[token_ids] = True
+    read = torch.from_numpy(seen)
     if module.padding_idx is not None:
         read[module.padding_idx] = False  # it gets no gradient
     if not read.any():

@@ -65,7 +65,7 @@ def tidy(graph: onnx.GraphProto) -> None:
             if all(shape) and shape == shapes.get(node.output[0]):
                 _replace_uses(graph, node.output[0], first)
         elif node.op_type == "Cast" and kinds.get(first := origin(node.input[0], ("Cast",))) == onnx.TensorProto.BOOL:
-            if node.attribute[0].i == onnx.TensorProto.BOOL:
+            if next(attribute.i for attribute in node.attribute if attribute.name == "to") == onnx.TensorProto.BOOL:
                 _replace_uses(graph, node.output[0], first)
             else:
                 node.input[0] = first
@@ -159,24 +159,23 @@ def shorten_lookups(graph: onnx.GraphProto, n_ctx: int) -> None:
     A `Gather` of the same row everywhere becomes that row, where it is only added; one by a piece of 0, 1, 2 ...
     becomes a piece of the table, of which no more than `n_ctx` rows stay.
     """
-    tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
-    for node in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]:
-        table = numpy_helper.to_array(tables[node.input[0]])
-        shapes, producers = _shapes(graph), _producers(graph)
-        readers = [one for one in graph.node if node.output[0] in one.input]
-        row = _constant_of(graph, node.input[1])
-        piece = producers.get(node.input[1])
-        if any(attribute.name == "axis" and attribute.i for attribute in node.attribute):
-            continue
-        alike = [shapes.get(node.output[0], [])] * 2
-        if row is not None and all(one.op_type == "Add" and [shapes.get(name) for name in one.input] == alike
-                                   for one in readers):
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    tables = {name: numpy_helper.to_array(tensor) for name, tensor in constants.items() if len(tensor.dims) == 2}
+    for node in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables
+                 and not any(attribute.name == "axis" and attribute.i for attribute in node.attribute)]:
+        table, shapes = tables[node.input[0]], _shapes(graph)
+        row, piece = _constant_of(graph, node.input[1]), _producers(graph).get(node.input[1])
+        shape = shapes.get(node.output[0], [""])
+        if row is not None and all(shape) and all(
+                one.op_type == "Add" and [shapes.get(name) for name in one.input] == [shape] * 2
+                for one in graph.node if node.output[0] in one.input):
             graph.initializer.append(numpy_helper.from_array(table[row], f"{node.output[0]}_row"))
             _replace_uses(graph, node.output[0], f"{node.output[0]}_row")
         elif piece is not None and piece.op_type == "Slice":
-            counted = next((one for one in graph.initializer if one.name == piece.input[0]), None)
-            numbers = None if counted is None else numpy_helper.to_array(counted)
-            if numbers is None or numbers.shape != (1, len(table)) or (numbers[0] != np.arange(len(table))).any():
+            counted, start, axes = (numpy_helper.to_array(constants[name]) if name in constants else np.array([])
+                                    for name in (piece.input[0], piece.input[1], [*piece.input, "", ""][3]))
+            from_first = start.tolist() == [0] and axes.tolist() == [1]
+            if not from_first or counted.shape != (1, len(table)) or (counted[0] != np.arange(len(table))).any():
                 continue
             graph.initializer.append(numpy_helper.from_array(table[None, :n_ctx], f"{node.output[0]}_table"))
             at = list(graph.node).index(node)

@@ -183,6 +183,9 @@ class Curves:
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
+EARLIER = "left by an earlier version of train.py; start anew without --resume."
+
+
 class Diverged(InputError):
     """The loss is no number any more."""
 
@@ -200,7 +203,7 @@ def find_state(save_path: str, processes: int) -> dict[str, Any] | None:
         return None
     state = load_checkpoint(path)
     if "processes" not in state:
-        raise InputError(f"{path}: left by an earlier version of train.py; start anew without --resume.")
+        raise InputError(f"{path}: {EARLIER}")
     if state["processes"] != processes and state["progress"]["position"]:
         state = load_checkpoint(f"{path}.epoch")
     return state
@@ -281,6 +284,9 @@ class Trainer:
         )
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         if state and not self.finished:
+            moments = state["optimizer"]["state"]
+            if any(moments[n]["exp_avg"].shape != p.shape for n, p in enumerate(self.parameters) if n in moments):
+                raise InputError(f"{self.state_path}: {EARLIER}")  # it trained whole token tables
             model.load_state_dict(state["model"])  # before DeepSpeed shares the weights out
         self.model, self.optimizer = prepare(model, optimizer, accelerator)
         self.plain_model = model

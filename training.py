@@ -296,8 +296,8 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     set_seed(args.seed)
     model = make_model(args, config, train)
     if train.facts["kind"] == "fs":
-        # DiffQ rounds the whole token table; meta pseudo labels read more text than the training data.
-        whole = args.enable_diffq or getattr(args, "mpl_data_path", None)
+        # LoRA trains no token; DiffQ rounds all of them; meta pseudo labels read more text than the training data.
+        whole = args.lora_r or args.enable_diffq or getattr(args, "mpl_data_path", None)
         quicken(model.embedding.transformer, device, None if whole else train.token_ids)
     record = make_record(args, config, train, valid, model.embedding, precision)
     state = find_state(args.save_path, accelerator.num_processes) if args.resume else None

@@ -176,6 +176,9 @@ class Plan:
 
 def measure_accuracy(plan: Plan, folder: Path) -> None:
     """Train and test every model and baseline on every data set, working in `folder`."""
+    if plan.folds and (students := [model for model in plan.models if model in TAUGHT]):
+        raise InputError(f"--folds: {', '.join(students)} would need teachers that have not seen the fold; without "
+                         "--folds, students are tested on test.txt.")
     for place in plan.data_sets:
         source = Path(place) if os.sep in place else Path("data", place)
         if not plan.folds:
@@ -294,8 +297,7 @@ def augmented_text(plan: Plan, source: Path, data_set: str, name: str, teaching:
     names, flags = teaching
     teachers = [kept_model(plan.checkpoints, data_set, model, seed) for model, seed in names]
     sums = [sha256(teacher) for teacher in teachers]
-    whose = sums[0] if len(sums) == 1 else digest(str(sums))
-    folder = teachers[0].parent.parent / f"{data_set}-augmented-{whose[:8]}"
+    folder = teachers[0].parent.parent / f"{data_set}-augmented-{digest(str([sums, flags]))}"
     path = folder / "augmented.txt"
     if path.exists():
         return path

@@ -53,18 +53,19 @@ def test_dropout_of_nothing_and_of_all(p: float) -> None:
     assert FastDropout(0.5)(x[:0]).shape == (0, 3)
 
 
-def attend(way: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
+def attend(way: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> list[Tensor]:
     """The answer and the gradients of query, key and value."""
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    answer = way(nn.Module(), *inputs, mask)[0]
+    answer = way(module, *inputs, mask)[0]
     answer.backward(torch.linspace(-1, 1, answer.numel()).view(answer.shape))
     return [answer, *(x.grad for x in inputs if x.grad is not None)]
 
 
 @given(batch=st.integers(1, 4), heads=st.integers(1, 3), length=st.integers(1, 20), size=st.integers(1, 9),
-       causal=st.booleans(), data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_attention_is_torchs(batch: int, heads: int, length: int, size: int, causal: bool, data: Any) -> None:
+       causal=st.booleans(), masked=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_attention_is_torchs(batch: int, heads: int, length: int, size: int, causal: bool, masked: bool,
+                             data: Any) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     torch.manual_seed(batch * length)
@@ -73,9 +74,11 @@ def test_attention_is_torchs(batch: int, heads: int, length: int, size: int, cau
     seen = (torch.arange(length) < lengths[:, None])[:, None, None].expand(batch, 1, length, length)
     if causal:
         seen = seen & torch.ones(length, length, dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    for mine, theirs in zip(attend(attention, q, k, v, mask), attend(sdpa_attention_forward, q, k, v, mask),
-                            strict=True):
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if masked else None
+    module = nn.Module()
+    module.is_causal = causal  # type: ignore[assignment]
+    ways = (attend(way, module, q, k, v, mask) for way in (attention, sdpa_attention_forward))
+    for mine, theirs in zip(*ways, strict=True):
         assert mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 

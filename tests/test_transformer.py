@@ -32,7 +32,7 @@ from transformer import (
     remove_layers,
     tokenizer_text,
 )
-from util import load_checkpoint
+from util import load_checkpoint, save_checkpoint
 
 # A model of each way in which architectures differ; the matrix has them all.
 SLICE = [("BERT", "cls"), ("BERT", "gnb"), ("BERT", "densenet-cnn"), ("BERT", "densenet-dsa"), ("RoBERTa", "cnn"),
@@ -340,6 +340,13 @@ def test_resume_and_seed(bert: Case) -> None:
         patch.setattr(trainer.Trainer, "evaluate_and_save", killed)
         with pytest.raises(Killed):
             train.main(one)
+    place = Path(f"{path}.state")
+    state, kept = load_checkpoint(place), place.read_bytes()
+    moments = state["optimizer"]["state"][0]
+    save_checkpoint({**state, "optimizer": {**state["optimizer"], "state": {
+        0: {**moments, "exp_avg": torch.cat([moments["exp_avg"]] * 2)}}}}, place)
+    assert "earlier version" in refusal(train.main, *one, "--resume")  # a whole token table's
+    place.write_bytes(kept)
     train.main([*one, "--resume"])
     assert same_weights(path, bert.root / "whole.pt")
 
