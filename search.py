@@ -237,6 +237,8 @@ class Search:
         import torch
 
         self.number = trial.number
+        if self.heartbeats:  # before its mark, so that a trial which bears one has given a sign of life
+            self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
         trial.set_user_attr("worker", self.me)
         if sum(other.number < trial.number for other in self.trials()) >= self.total:
             trial.set_user_attr("surplus", True)  # two workers began the last one at the same moment

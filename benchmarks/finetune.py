@@ -27,7 +27,6 @@ KINDS = {
     "dropout": ("bernoulli", "dropout"),
     "normalization and activation": ("layer_norm", "gelu", "softmax", "relu", "tanh"),
     "optimizer and clipping": ("adamw", "optimizer", "vector_norm", "foreach"),
-    "fused attention": ("attention",),
     "copies and casts": ("copy", "clone", "fill", "zero", "cat"),
     "elementwise arithmetic and sums": ("mul", "add", "sub", "div", "sum", "where", "isneginf", "all"),
 }

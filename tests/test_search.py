@@ -160,7 +160,7 @@ def hanging(argv: list[str], host: str | None) -> None:
 
 def killed_in_a_trial(storage: str, argv: list[str], host: str | None = None) -> None:
     process = worker(hanging, argv, host)
-    wait_for_a_trial(storage, lambda trial: trial.number == 1, process.is_alive)
+    wait_for_a_trial(storage, lambda trial: trial.number == 1 and "worker" in trial.user_attrs, process.is_alive)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
 
