@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from text import WORD_TOKENIZERS, InputError, open_input
+from errors import InputError
+from files import open_input
+from text import WORD_TOKENIZERS
 
 # --------------------------------------------------------------------------------------------------------- configs
 

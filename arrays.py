@@ -22,7 +22,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from text import InputError, atomic_write, open_input
+from errors import InputError
+from files import atomic_write, open_input
 
 DTYPES = {
     code: np.dtype(dtype)

@@ -32,9 +32,11 @@ from typing import IO, Any, NamedTuple
 from tqdm import tqdm
 
 from arguments import Parser, natural_int, number, positive_int
+from errors import InputError, fail_cleanly
+from files import atomic_write, sha256
 from labelling import find_record, write_record
 from tagging import ANALYZERS, default_analyzer, make_analyzer
-from text import MASK, Example, InputError, Lines, atomic_write, chunks, fail_cleanly, progress, sha256
+from text import MASK, Example, Lines, chunks, progress
 from workers import spread
 
 logger = logging.getLogger(__name__)

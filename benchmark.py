@@ -47,7 +47,7 @@ from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, fig
 from benchmarks.scale import measure_memory, measure_scale
 from benchmarks.ways import measure_ways
 from benchmarks.zero import measure_zero
-from text import InputError, fail_cleanly
+from errors import InputError, fail_cleanly
 
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:

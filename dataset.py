@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arrays import ENCODED_FORMAT, fingerprint, open_arrays
-from text import InputError, Labels, sha256
+from errors import InputError
+from files import sha256
+from text import Labels
 
 
 @dataclass

@@ -31,10 +31,13 @@ from tqdm import tqdm
 
 from arrays import ArrayWriter, open_arrays
 from dataset import Batch, EncodedData, pad
+from errors import InputError
+from files import sha256
 from labelling import find_record
+from learning import evaluate
 from model import Classifier, build_model, load_classifier
-from text import InputError, LabelParser, Labels, Lines, sha256, text_encoder
-from trainer import Trainer, evaluate
+from text import LabelParser, Labels, Lines, text_encoder
+from trainer import Trainer
 from transformer import TransformerEmbedding, remove_layers
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from text import InputError
+from errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

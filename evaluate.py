@@ -40,8 +40,10 @@ from arguments import (
     one_of,
     positive_int,
 )
+from errors import InputError, fail_cleanly
+from files import atomic_write
 from labelling import label_parser, label_text
-from text import InputError, Labels, Lines, atomic_write, fail_cleanly, text_encoder
+from text import Labels, Lines, text_encoder
 
 logger = logging.getLogger(__name__)
 

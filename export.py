@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import EncodedData, check_same_data, pad
+from errors import InputError
+from files import atomic_write
 from graph import (
     int8_share,
     pack_attention,
@@ -36,7 +38,6 @@ from graph import (
 )
 from inference import BUSY_WAIT, INPUTS, ONNX_FORMAT, OUTPUT, RECORD_KEY, VOCABULARY_KEY, make_session
 from model import Classifier, WordEmbedding
-from text import InputError, atomic_write
 
 logger = logging.getLogger(__name__)
 

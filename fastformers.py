@@ -33,7 +33,8 @@ from arguments import (
     one_of,
     positive_int,
 )
-from text import InputError, atomic_write, fail_cleanly, open_input, sha256
+from errors import InputError, fail_cleanly
+from files import atomic_write, open_input, sha256
 from training import Run, add_training_flags, begin, check_training_flags, finish, load_data, new_model, publish
 
 logger = logging.getLogger(__name__)
@@ -242,8 +243,9 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
     import pruning
     from dataset import check_same_data
+    from learning import evaluate
     from model import load_classifier
-    from trainer import Trainer, evaluate
+    from trainer import Trainer
     from transformer import check_output_folder, merged_weights
     from util import choose_device, load_checkpoint, save_checkpoint, write_json
 

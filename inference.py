@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import onnxruntime
 
-from text import InputError, Labels, text_encoder
+from errors import InputError
+from text import Labels, text_encoder
 
 # In a .onnx file's metadata: what the file says of itself, as JSON, and the vocabulary or tokenizer that it reads with.
 RECORD_KEY, VOCABULARY_KEY = "classifier", "vocabulary"

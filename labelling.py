@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from text import InputError, LabelParser, Labels, Lines, atomic_write, chunks, open_input, progress, sha256
+from errors import InputError
+from files import atomic_write, open_input, sha256
+from text import LabelParser, Labels, Lines, chunks, progress
 
 if TYPE_CHECKING:  # it imports torch
     from dataset import EncodedData

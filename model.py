@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import EncodedData, load_table
-from text import InputError
+from errors import InputError
 from transformer import TransformerEmbedding, layers_above
 
 # ---------------------------------------------------------------------------------------------------------- layers

@@ -40,21 +40,18 @@ from arguments import (
 )
 from arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
 from corpus import RECORD, Repeats, SplitReport, record
+from errors import InputError, fail_cleanly
+from files import atomic_write, sha256, sweep
 from labelling import label_parser
 from text import (
     VOCABULARY_FILES,
-    InputError,
     LabelParser,
     Labels,
     Lines,
     SubwordTokenizer,
     WordTokenizer,
-    atomic_write,
     chunks,
-    fail_cleanly,
     looks_like_logits,
-    sha256,
-    sweep,
     text_encoder,
     word_tokenizer,
 )

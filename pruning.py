@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import BucketSampler, EncodedData, make_loader
+from errors import InputError
+from files import atomic_write
 from model import Classifier
-from text import InputError, atomic_write
 from transformer import NUM_HEADS, layer_parts, num_heads
 
 logger = logging.getLogger(__name__)

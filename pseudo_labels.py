@@ -43,9 +43,12 @@ from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, EncodedData, make_loader, pad
 from distillation import Teacher, read_sentences
+from errors import InputError
+from files import open_input
+from learning import cosine_with_warmup
 from model import Classifier, parameter_groups
-from text import InputError, Lines, open_input, text_encoder
-from trainer import Trainer, cosine_with_warmup
+from text import Lines, text_encoder
+from trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import InputError
 from model import Classifier, GaussianDecoder, WordEmbedding
-from text import InputError
 
 logger = logging.getLogger(__name__)
 

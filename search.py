@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, command_line, read_json, spell
 from dataset import EncodedData
+from errors import InputError
+from files import atomic_write
 from space import check_space, default_space, suggest
-from text import InputError, atomic_write
 from trainer import Diverged
 
 if TYPE_CHECKING:

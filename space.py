@@ -14,7 +14,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, did_you_mean
-from text import InputError
+from errors import InputError
 
 if TYPE_CHECKING:
     from optuna import Trial

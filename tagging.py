@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from text import InputError, split_whitespace
+from errors import InputError
+from text import split_whitespace
 
 Analysis = tuple[list[str], list[str]]  # words and tags, as many of each
 Analyzer = Callable[[list[str]], list[Analysis]]

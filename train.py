@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from arguments import Parser, natural_int, positive_int
-from text import fail_cleanly
+from errors import fail_cleanly
 from training import add_training_flags, begin, check_training_flags, finish, load_data
 
 

@@ -29,7 +29,9 @@ from arguments import (
     one_of,
     positive_int,
 )
-from text import NO_LABEL, VOCABULARY_FILES, InputError, Labels, open_input
+from errors import InputError
+from files import open_input
+from text import NO_LABEL, VOCABULARY_FILES, Labels
 
 if TYPE_CHECKING:  # `X.py --help` loads no torch
     from trainer import Trainer

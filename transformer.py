@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset import EncodedData
-from text import InputError, keep_previous, refuse_full_disk, sweep, sync_folder
+from errors import InputError
+from files import keep_previous, refuse_full_disk, sweep, sync_folder
 from util import IDENTITY, RUN_ID, saved_fact
 
 logger = logging.getLogger(__name__)

@@ -1,19 +1,22 @@
-"""What training and evaluation share below the model: checkpoints, seeds, devices, precision, logs."""
+"""What training and evaluation share below the model: checkpoints, seeds, devices, precision, logs, curves."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
 import os
 import platform
 import subprocess
+import time
 import uuid
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from text import InputError, atomic_write, keep_previous, second_name
+from errors import InputError
+from files import atomic_write, keep_previous, second_name
 
 if TYPE_CHECKING:  # logs and results files are written without it, too
     import torch
@@ -219,3 +222,33 @@ def write_json(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as file:
         json.dump(record, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+class Curves:
+    """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
+
+    Args:
+        folder: of the event files.
+        step: points from this step on that an earlier file holds are void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        from tensorboardX.summary import scalar
+
+        self._write(step, summary=scalar(name, value))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with contextlib.suppress(OSError):
+            self.file.write_event(Event(wall_time=time.time(), step=step, **content))
+            self.file.flush()

@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from arrays import ArrayWriter, open_arrays
-from text import FullDisk, InputError, open_input
+from errors import FullDisk, InputError
+from files import open_input
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, TypeVar
 
-from text import InputError
+from errors import InputError
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")

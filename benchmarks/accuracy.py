@@ -34,7 +34,9 @@ from tqdm import tqdm
 
 from arguments import encoded_kind, load_config
 from benchmarks.report import provenance
-from text import InputError, Lines, sha256
+from errors import InputError
+from files import sha256
+from text import Lines
 
 logger = logging.getLogger(__name__)
 

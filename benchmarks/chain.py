@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.accuracy import TAUGHT, TEACHER, TEACHING, kept_model
 from benchmarks.inference import Answer, Case, summarize, time_answers
 from benchmarks.measure import figure
-from text import InputError
+from errors import InputError
 
 FORMS = ("PyTorch", "ONNX", "ONNX int8")
 AIMS = {"minilm-3-pruned": ("minilm-3-augmented", ">= 1.5")}  # how many times as fast in ONNX as which other

@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks.accuracy import ROOT, SPLITS, encode
 from benchmarks.measure import Sizes, available_data, figure, interleave, launch, training_rate
-from text import InputError, Lines
+from errors import InputError
+from text import Lines
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64

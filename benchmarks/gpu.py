@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.accuracy import SPLITS, run_stage
 from benchmarks.finetune import BATCH_SIZE, CONFIG, make_classifier, prepare
 from benchmarks.measure import Sizes, figure, training_rate
-from text import InputError
+from errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from arguments import encoded_kind, load_config
 from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, encoding_flags, run_stage
 from benchmarks.measure import Sizes, figure, interleave
+from errors import InputError
 from inference import BUSY_WAIT
-from text import InputError, Lines
+from text import Lines
 
 logger = logging.getLogger(__name__)
 

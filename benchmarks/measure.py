@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import ROOT, SPLITS
 from benchmarks.report import GLOVE_WORDS
-from text import InputError
+from errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from text import atomic_write
+from files import atomic_write
 
 GLOVE_WORDS = 400_000  # in GloVe 6B
 

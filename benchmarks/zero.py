@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import ROOT
 from benchmarks.measure import Sizes, figure
-from text import InputError
+from errors import InputError
 
 PROCESSES, STEPS = 2, 2
 STAGES = (0, 1, 2, 3)

@@ -27,9 +27,10 @@ from urllib.parse import SplitResult, urlsplit
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py lies beside the stages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
-from text import InputError, atomic_write, sha256, sync_folder
+from errors import InputError
+from files import atomic_write, sha256, sync_folder
 
 ATTEMPTS = 4
 TIMEOUT = 30.0  # seconds without a byte

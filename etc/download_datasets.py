@@ -30,12 +30,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py and arguments.py lie beside the stages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
 from download import fetch, optional, say
 
 from arguments import Parser
-from text import InputError, fail_cleanly
+from errors import InputError, fail_cleanly
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_URL = "https://raw.githubusercontent.com/dsindex/iclassifier/HEAD/data/{name}/{file}"

@@ -20,12 +20,13 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py and arguments.py lie beside the stages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
 from download import CHUNK, fetch, say, split_url
 
 from arguments import Parser
-from text import InputError, atomic_write, fail_cleanly
+from errors import InputError, fail_cleanly
+from files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 URL = "https://nlp.stanford.edu/data/glove.6B.zip"

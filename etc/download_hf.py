@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py and arguments.py lie beside the stages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
 from download import locked, optional, say
 
 from arguments import Parser
-from text import InputError, fail_cleanly, sync_folder
+from errors import InputError, fail_cleanly
+from files import sync_folder
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 

@@ -19,10 +19,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py and arguments.py lie beside the stages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
 from arguments import Parser
-from text import InputError, atomic_write, fail_cleanly
+from errors import InputError, fail_cleanly
+from files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 

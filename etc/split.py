@@ -16,12 +16,14 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # text.py and arguments.py lie beside the stages
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
 from download import say
 
 from arguments import Parser, natural_int
-from text import InputError, Lines, atomic_write, fail_cleanly
+from errors import InputError, fail_cleanly
+from files import atomic_write
+from text import Lines
 
 
 def split(lines: list[str], seed: int) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ import fastformers
 import preprocess
 import train
 from arguments import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, TRAINING_KEYS, load_config
-from text import InputError
+from errors import InputError
 
 STAGES = {"preprocess.py": preprocess, "train.py": train, "evaluate.py": evaluate, "fastformers.py": fastformers}
 stages = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)

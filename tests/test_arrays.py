@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arrays import CODES, ArrayWriter, open_arrays
-from text import InputError
+from errors import InputError
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import augment_data
 import tagging
 from augment_data import Augmenter, Lexicon, make_lexicon
+from errors import InputError
 from labelling import find_record, write_record
-from text import InputError
 
 MASK = "[MASK]"
 

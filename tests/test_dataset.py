@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from arrays import ArrayWriter, fingerprint
 from dataset import BucketSampler, EncodedData, load_table, make_loader, pad, share
-from text import InputError
+from errors import InputError
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
 

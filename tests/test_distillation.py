@@ -31,7 +31,8 @@ from distillation import (
     matched_layers,
     state_loss,
 )
-from text import InputError, Labels
+from errors import InputError
+from text import Labels
 from transformer import TransformerEmbedding, load_pretrained
 from util import load_checkpoint, save_checkpoint
 

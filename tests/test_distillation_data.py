@@ -24,9 +24,10 @@ import preprocess
 import train
 from dataset import EncodedData
 from distillation import Teacher, answer, labelled_by
+from errors import InputError
 from labelling import column_order, find_record, write_record
 from model import load_classifier
-from text import MASK, NO_LABEL, InputError, LabelParser, Labels, WordTokenizer
+from text import MASK, NO_LABEL, LabelParser, Labels, WordTokenizer
 from util import load_checkpoint, save_checkpoint
 
 NAMES = ("PlayMusic", "GetWeather", "book a table", "none of these")

@@ -29,7 +29,7 @@ import distributed
 import evaluate
 import preprocess
 import train
-from text import InputError
+from errors import InputError
 from util import load_checkpoint
 
 # 49 sentences in batches of 8: in the last batch, and in the last of the valid data, the second process has none.

@@ -28,7 +28,8 @@ import download_datasets
 import download_embeddings
 import make_sample_data
 
-from text import InputError, Lines
+from errors import InputError
+from text import Lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # the real data sets, where this checkout has them beside it

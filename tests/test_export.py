@@ -24,10 +24,10 @@ import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import pad
+from errors import InputError
 from graph import pack_attention, quantize_tables, select_early, shorten_lookups, tabulate_convolutions, tidy
 from inference import RECORD_KEY, load
 from model import Classifier, WordEmbedding, build_model, load_classifier
-from text import InputError
 from util import load_checkpoint
 
 # Attention that is fused, a model all of convolutions, and one that looks back only. The matrix has them all.

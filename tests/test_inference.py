@@ -18,8 +18,9 @@ from test_export import onnx_flags, train_case
 
 import evaluate
 import preprocess
+from errors import InputError
 from inference import RECORD_KEY, VOCABULARY_KEY, load
-from text import InputError, Labels
+from text import Labels
 
 SENTENCES = [sentence for sentence, _ in make_lines(21, 2)]  # of test.txt
 

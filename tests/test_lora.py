@@ -14,8 +14,8 @@ from test_transformer import Case, make_case
 import evaluate
 import preprocess
 import train
+from errors import InputError
 from model import load_classifier
-from text import InputError
 from trainer import Trainer
 from transformer import add_lora, load_pretrained, merged_weights
 from util import load_checkpoint

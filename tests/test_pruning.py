@@ -22,11 +22,11 @@ import fastformers
 import preprocess
 import train
 from dataset import EncodedData
+from errors import InputError
 from graph import int8_share
 from model import Classifier, load_classifier
 from pruning import Importance, check_targets, measure_importance, prune
 from quantization import quantize
-from text import InputError
 from transformer import NUM_HEADS, build_from_config, layer_parts, load_pretrained, num_heads
 from util import load_checkpoint
 

@@ -16,8 +16,9 @@ from helpers import make_lines, write_lines
 from torch import Tensor, nn
 
 from dataset import EncodedData
+from errors import InputError
 from pseudo_labels import LabelledText, UnlabelledText, log_probability_slopes, meta_loss, read_text
-from text import InputError, WordTokenizer
+from text import WordTokenizer
 
 SENTENCES, LABELS, FEATURES = 3, 2, 4
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import vectors
 from arrays import ArrayWriter
-from text import InputError
+from errors import InputError
 from vectors import WordVectors, read_vectors
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from helpers import ROOT
 
-from text import InputError
+from errors import InputError
 from workers import Workers
 
 

@@ -1,0 +1,54 @@
+"""Errors that are the user's or the disk's, said in one sentence.
+
+Nothing here or in files.py and text.py needs torch, so that `--help`, bad input and raw-text inference answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Protocol
+
+
+class InputError(Exception):
+    """Something that the user handed in cannot be used. The message is one sentence for the user.
+
+    A stage answers it with exit status 2, without a traceback and without having overwritten anything.
+    """
+
+
+class FullDisk(InputError):
+    """There is no room for a file."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path}: cannot be written ({reason}); make room and start again (train.py with --resume): "
+                         "what was saved before is untouched.")
+        self.strerror = reason
+
+
+class Main(Protocol):
+    """A stage's entry point."""
+
+    def __call__(self, argv: list[str] | None = None) -> None: ...
+
+
+def fail_cleanly(main: Main) -> Main:
+    """Decorate a stage's `main`: what the user handed in, or the disk, ends it with a sentence and exit status 2."""
+
+    def wrapped(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            print("interrupted.", file=sys.stderr)
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (InputError, OSError) as error:
+            said = error if isinstance(error, InputError) or not error.strerror else (
+                f"{error.filename or 'writing a file'}: {error.strerror}."
+            )
+            print(f"error: {said}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    wrapped.__doc__ = main.__doc__
+    return wrapped
