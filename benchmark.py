@@ -36,15 +36,17 @@ from typing import Any
 from tqdm import tqdm
 
 from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int, positive_int
-from benchmarks.accuracy import CONFIGS, TAUGHT, Plan, encode, measure_accuracy, newest_rows, run_stage
+from benchmarks.accuracy import Plan, measure_accuracy, newest_rows
 from benchmarks.augment import measure_augmentation
 from benchmarks.chain import measure_chain
 from benchmarks.finetune import measure_finetuning
 from benchmarks.gpu import measure_gpu
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
+from benchmarks.recipes import CONFIGS, TAUGHT
 from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
 from benchmarks.scale import measure_memory, measure_scale
+from benchmarks.stages import encode, run_stage
 from benchmarks.ways import measure_ways
 from benchmarks.zero import measure_zero
 from errors import InputError, fail_cleanly

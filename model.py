@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from dataset import EncodedData, load_table
 from errors import InputError
-from transformer import TransformerEmbedding, layers_above
+from layers import layers_above
+from transformer import TransformerEmbedding
 
 # ---------------------------------------------------------------------------------------------------------- layers
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from dataset import BucketSampler, EncodedData, make_loader
 from errors import InputError
 from files import atomic_write
+from layers import NUM_HEADS, layer_parts, num_heads
 from model import Classifier
-from transformer import NUM_HEADS, layer_parts, num_heads
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Train and test every model and two baselines on several data sets: what `python benchmark.py accuracy` does.
 
-The models run through the stages, as a user runs them, with the flags of the table below. Each finished one is
+The models run through the stages, as a user runs them, with the flags of recipes.py. Each finished one is
 written to accuracy.json at once, and is not run again while its data, its recipe and the code stay the same.
 
 Students (those of TAUGHT) need --checkpoints: their teachers' models, and the text that a teacher has labelled, stay
@@ -19,8 +19,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,113 +31,19 @@ from typing import Any
 from tqdm import tqdm
 
 from arguments import encoded_kind, load_config
+from benchmarks.recipes import BY_ONE, CONFIGS, ENCODING, RECIPES, TAUGHT, TEACHER, TEACHING, Teaching
 from benchmarks.report import provenance
+from benchmarks.stages import ROOT, SPLITS, copy_splits, encode, run_stage
 from errors import InputError
 from files import sha256
 from text import Lines
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
-SPLITS = ("train.txt", "valid.txt", "test.txt")
-
-# The accuracy table's rows: each model's config; by data set, the flags for it (those of README.md, DISTILLATION.md and
-# FASTFORMERS.md) of train.py, or of fastformers.py, and seeds.
-CONFIGS = {
-    "gnb": "configs/config-glove-gnb.json",
-    "cnn": "configs/config-glove-cnn.json",
-    "densenet-cnn": "configs/config-densenet-cnn.json",
-    "densenet-dsa": "configs/config-densenet-dsa.json",
-    "minilm-cls": "configs/config-bert-cls.json",
-    "minilm-cnn": "configs/config-bert-cnn.json",
-    "cnn-taught": "configs/config-glove-cnn.json",
-    "densenet-cnn-taught": "configs/config-densenet-cnn.json",
-    "densenet-dsa-taught": "configs/config-densenet-dsa.json",
-    "minilm-cls-taught": "configs/config-bert-cls.json",
-    "minilm-cnn-taught": "configs/config-bert-cnn.json",
-    "minilm-3": "configs/config-bert-cls.json",
-    "minilm-3-taught": "configs/config-bert-cls.json",
-    "minilm-3-mpl": "configs/config-bert-cls.json",
-    "minilm-3-augmented": "configs/config-bert-cls.json",
-    "minilm-3-pruned": "configs/config-bert-cls.json",
-}
-TEACHER = "minilm-cls"
-TAUGHT = [model for model in CONFIGS if model.endswith(("-taught", "-mpl", "-augmented", "-pruned"))]
-# Whose mean logits a student learns, as models and seeds, and augment_data.py's flags for the text.
-Teaching = tuple[tuple[tuple[str, int], ...], str]
-BY_ONE: Teaching = (((TEACHER, 1),), "--n_iter=10")
-BY_THREE: Teaching = ((("minilm-cls", 1), ("minilm-cls", 2), ("minilm-cnn", 1)), "--n_iter=1")
-TEACHING = {"minilm-cls-taught": BY_THREE, "minilm-cnn-taught": BY_THREE}  # others: BY_ONE
-ENCODING = {"sst2": "--oov_scale=0.05"}  # preprocess.py's flags by data set, over the config
-SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases repeat: one pass is enough
-SNIPS = "--word_dropout=0.5 --rdrop=4"
-TRAINABLE = "--embedding_trainable"
-MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
-MINILM_SST2 = "--batch_size=64 --warmup_ratio=0.1 --measure=loss --lr=1e-4 --epoch=2 --rdrop=3 --layer_lr_decay=0.85"
-BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
-BY_THEIR_LOGITS = ("--augmented --criterion=MSELoss --batch_size=64 --warmup_ratio=0.1 --measure=loss --lr=2e-4 "
-                   "--epoch=3 --layer_lr_decay=0.85")
-STUDENT = (f"--do_distill --teacher_model_path={{minilm-cls}} {MINILM} --epoch=2 --measure=last "
-           "--student_init_layers=0,2,4 --kd_temperature=2")
-# {MODEL} is the model of that name on the same data set, {augmented} the augmented text.
-RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, seed 1
-    ("snips", "gnb"): ("--epoch=10", [1, 2, 3]),
-    ("snips", "cnn"): (f"{TRAINABLE} {SNIPS}", [1, 2, 3]),
-    ("snips", "densenet-cnn"): (f"{TRAINABLE} {SNIPS}", [1, 2, 3]),
-    ("snips", "densenet-dsa"): (f"{TRAINABLE} {SNIPS}", [1, 2, 3]),
-    ("snips", "minilm-cls"): (f"{MINILM} --epoch=4 --measure=last", [1, 2, 3]),
-    ("snips", "minilm-cnn"): (f"{MINILM} --epoch=4 --measure=last", [1, 2, 3]),
-    ("sample", "cnn"): ("", [42]),  # make quickstart
-    ("sst2", "gnb"): ("--epoch=3", [1]),
-    ("sst2", "cnn"): (f"{TRAINABLE} {SST2}", [1, 2, 3]),
-    ("sst2", "densenet-cnn"): (f"{TRAINABLE} {SST2}", [1]),
-    ("sst2", "densenet-dsa"): (f"{TRAINABLE} {SST2}", [1]),
-    ("sst2", "minilm-cls"): (MINILM_SST2, [1, 2, 3]),
-    ("sst2", "minilm-cnn"): (MINILM_SST2, [1, 2, 3]),
-    ("snips", "cnn-taught"): (f"{BY_LOGITS} --epoch=10", [1, 2, 3]),
-    ("snips", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
-    ("snips", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
-    ("sst2", "cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1, 2, 3]),
-    ("sst2", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
-    ("sst2", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=2", [1]),
-    ("sst2", "minilm-cls-taught"): (BY_THEIR_LOGITS, [1, 2, 3]),
-    ("sst2", "minilm-cnn-taught"): (BY_THEIR_LOGITS, [1, 2, 3]),
-    ("sst2", "minilm-3"): (f"{MINILM} --epoch=1 --rdrop=1 --measure=loss --bert_remove_layers=1,3,5", [1]),
-    ("sst2", "minilm-3-taught"): (STUDENT, [1]),
-    ("sst2", "minilm-3-mpl"): (f"{STUDENT} --mpl_data_path={{augmented}}", [1]),
-    ("sst2", "minilm-3-augmented"): (f"{STUDENT} --augmented --epoch=1", [1]),
-    ("sst2", "minilm-3-pruned"): ("--do_prune --model_path={minilm-3-augmented} --target_num_heads=6 "
-                                  f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=last", [1]),
-}
 # What a row depends on; another version of it makes the row stale.
-DECISIVE = ("preprocess.py", "train.py", "training.py", "fast_training.py", "trainer.py", "model.py", "dataset.py",
-            "text.py", "vectors.py", "transformer.py")
+DECISIVE = ("preprocess.py", "train.py", "training.py", "fast_training.py", "trainer.py", "learning.py", "model.py",
+            "dataset.py", "text.py", "vectors.py", "transformer.py", "layers.py")
 DECISIVE_FOR_STUDENTS = ("augment_data.py", "fastformers.py", "distillation.py", "pseudo_labels.py", "pruning.py")
-
-
-# ----------------------------------------------------------------------------------------------------------- stages
-
-
-def run_stage(script: str, *flags: str) -> None:
-    """Run one of the stages in a process of its own. Its log and progress bar show; its report does not."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
-
-
-def copy_splits(source: Path, folder: Path) -> None:
-    """Copy a data set's raw text into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in SPLITS:
-        if not (source / name).is_file():
-            raise InputError(f"{source / name}: no such file; fetch data sets with python etc/download_datasets.py.")
-        shutil.copyfile(source / name, folder / name)
-
-
-def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
-    """Copy a data set into `folder` and encode it there."""
-    copy_splits(source, folder)
-    run_stage("preprocess.py", f"--config={config}", f"--data_dir={folder}", *flags)
 
 
 # --------------------------------------------------------------------------------------------------------- accuracy

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ROOT, SPLITS
 from benchmarks.measure import Sizes, figure, interleave, launch
+from benchmarks.stages import ROOT, SPLITS
 
 N_ITER = (5, 20)
 

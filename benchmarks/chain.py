@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import TAUGHT, TEACHER, TEACHING, kept_model
+from benchmarks.accuracy import kept_model
 from benchmarks.inference import Answer, Case, summarize, time_answers
 from benchmarks.measure import figure
+from benchmarks.recipes import TAUGHT, TEACHER, TEACHING
 from errors import InputError
 
 FORMS = ("PyTorch", "ONNX", "ONNX int8")

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ROOT, SPLITS, encode
 from benchmarks.measure import Sizes, available_data, figure, interleave, launch, training_rate
+from benchmarks.stages import ROOT, SPLITS, encode
 from errors import InputError
 from text import Lines
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import SPLITS, run_stage
 from benchmarks.finetune import BATCH_SIZE, CONFIG, make_classifier, prepare
 from benchmarks.measure import Sizes, figure, training_rate
+from benchmarks.stages import SPLITS, run_stage
 from errors import InputError
 
 logger = logging.getLogger(__name__)

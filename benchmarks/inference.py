@@ -18,8 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from arguments import encoded_kind, load_config
-from benchmarks.accuracy import CONFIGS, RECIPES, ROOT, SPLITS, encode, encoding_flags, run_stage
+from benchmarks.accuracy import encoding_flags
 from benchmarks.measure import Sizes, figure, interleave
+from benchmarks.recipes import CONFIGS, RECIPES
+from benchmarks.stages import ROOT, SPLITS, encode, run_stage
 from errors import InputError
 from inference import BUSY_WAIT
 from text import Lines

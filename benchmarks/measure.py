@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import ROOT, SPLITS
 from benchmarks.report import GLOVE_WORDS
+from benchmarks.stages import ROOT, SPLITS
 from errors import InputError
 
 logger = logging.getLogger(__name__)

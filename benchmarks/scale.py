@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import ROOT, SPLITS, encode
 from benchmarks.measure import Sizes, available, figure, interleave, launch
+from benchmarks.stages import ROOT, SPLITS, encode
 
 WORKERS = (1, 2)
 BATCH_SIZE = 128  # of all processes together

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import run_stage
 from benchmarks.inference import Case
 from benchmarks.measure import figure, interleave
+from benchmarks.stages import run_stage
 
 logger = logging.getLogger(__name__)
 

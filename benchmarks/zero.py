@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.accuracy import ROOT
 from benchmarks.measure import Sizes, figure
+from benchmarks.stages import ROOT
 from errors import InputError
 
 PROCESSES, STEPS = 2, 2

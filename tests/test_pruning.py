@@ -24,10 +24,11 @@ import train
 from dataset import EncodedData
 from errors import InputError
 from graph import int8_share
+from layers import NUM_HEADS, layer_parts, num_heads
 from model import Classifier, load_classifier
 from pruning import Importance, check_targets, measure_importance, prune
 from quantization import quantize
-from transformer import NUM_HEADS, build_from_config, layer_parts, load_pretrained, num_heads
+from transformer import build_from_config, load_pretrained
 from util import load_checkpoint
 
 PRUNABLE = ["BERT", "SpanBERT", "TinyBERT", "MiniLM", "DistilBERT", "mDistilBERT", "RoBERTa", "XLM-RoBERTa", "ELECTRA",

@@ -21,17 +21,10 @@ import train
 from benchmarks.accuracy import code_hash
 from dataset import EncodedData, pad
 from fast_training import FastDropout, PartialEmbedding
+from layers import layer_lists, layer_parts
 from model import build_model, load_classifier, parameter_groups
 from text import MASK, SubwordTokenizer, WordTokenizer, text_encoder
-from transformer import (
-    TransformerEmbedding,
-    layer_lists,
-    layer_parts,
-    load_pretrained,
-    load_tokenizer,
-    remove_layers,
-    tokenizer_text,
-)
+from transformer import TransformerEmbedding, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
 from util import load_checkpoint, save_checkpoint
 
 # A model of each way in which architectures differ; the matrix has them all.
