@@ -34,8 +34,8 @@ TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
 MINILM_SST2 = "--batch_size=64 --warmup_ratio=0.1 --measure=last --lr=1e-4 --epoch=2 --rdrop=3 --layer_lr_decay=0.85"
 BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
-BY_THEIR_LOGITS = ("--augmented --criterion=MSELoss --batch_size=64 --warmup_ratio=0.1 --measure=loss --lr=2e-4 "
-                   "--epoch=3 --layer_lr_decay=0.85")
+BY_THEIR_LOGITS = ("--augmented --criterion=MSELoss --batch_size=64 --warmup_ratio=0.1 --measure=last --lr=2e-4 "
+                   "--epoch=2 --layer_lr_decay=0.85")
 STUDENT = (f"--do_distill --teacher_model_path={{minilm-cls}} {MINILM} --epoch=2 --measure=last "
            "--student_init_layers=0,2,4 --kd_temperature=2")
 # By data set and model: the flags (those of README.md, DISTILLATION.md and FASTFORMERS.md) of train.py or, for the
