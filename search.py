@@ -215,7 +215,7 @@ class Search:
 
         try:
             self.study.optimize(self.objective, n_trials=1, catch=NoTrial)
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        except (ValueError, FileNotFoundError, optuna.exceptions.UpdateFinishedTrialError):
             if self.study.get_trials(deepcopy=False)[self.number].state.name != "FAIL":
                 raise
             logger.warning("[trial %d] was given up by other workers while this one was suspended", self.number)
@@ -270,13 +270,13 @@ class Search:
         return accuracy
 
     def remove_beaten(self) -> None:
-        """Remove the files of all ended trials but the best."""
+        """Remove the files of all ended trials but the best, those that a killed worker had half written among them."""
         # Asked for once: a trial that ended between two answers would be among the ended, and not the best.
         ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
         best = best_of(ended)
         beaten = {str(trial.number) for trial in ended if trial is not best}
-        for path in self.folder.glob("[0-9]*.*"):
-            if path.name.split(".")[0] in beaten:
+        for path in (*self.folder.glob("[0-9]*.*"), *self.folder.glob(".[0-9]*.tmp")):
+            if path.name.removeprefix(".").split(".")[0] in beaten:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:

@@ -203,6 +203,7 @@ def test_a_best_trial_that_ends_meanwhile_keeps_its_files(tmp_path: Path) -> Non
     study.add_trial(optuna.trial.create_trial(value=0.5))
     for number in range(2):
         (tmp_path / f"{number}.pt").touch()
+    (tmp_path / ".0.pt.state.99.tmp").touch()  # its worker was killed while it wrote
     asked = study.get_trials
 
     def get_trials(**options: Any) -> list[optuna.trial.FrozenTrial]:
