@@ -103,6 +103,7 @@ TRAINING_KEYS: dict[str, Key] = {
     "weight_decay": _number(0, 1e3, required=False),
     "word_dropout": _number(0, 1e6, required=False),
     "embedding_dropout": _number(0, 0.99, required=False),
+    "token_cutoff": _number(0, 0.99, required=False),
     "rdrop": _number(0, 1e6, required=False),
     "ema_decay": _number(0, 0.99999, required=False),
     "criterion": Key(lambda v: v in CRITERIA, " or ".join(CRITERIA), required=False),

@@ -87,9 +87,9 @@ class Trainer:
         "batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
         "layer_lr_decay", "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon",
         "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure",
-        "criterion", "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "ema_decay", "rdrop",
-        "precision", "restore_path", "bert_model_name_or_path", "bert_use_feature_based", "bert_remove_layers",
-        "lora_r", "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
+        "criterion", "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "token_cutoff",
+        "ema_decay", "rdrop", "precision", "restore_path", "bert_model_name_or_path", "bert_use_feature_based",
+        "bert_remove_layers", "lora_r", "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
                  record: dict[str, Any], accelerator: Accelerator,

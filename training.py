@@ -101,6 +101,8 @@ def add_training_flags(parser: Parser) -> None:
                            "ALPHA / (ALPHA + N) (default: 0.0)")
     loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
                       help="dropout on word vectors (default: 0.0)")
+    loss.add_argument("--token_cutoff", type=number(0, 1, below=True), default=0.0, metavar="SHARE",
+                      help="of a transformer's tokens, which training reads as zeros (default: 0.0)")
     loss.add_argument("--rdrop", type=number(), default=0.0, metavar="WEIGHT",
                       help="weight of R-Drop: two passes with different dropout must agree (default: 0.0)")
     loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
@@ -148,12 +150,15 @@ def check_training_flags(parser: Parser, args: argparse.Namespace, config: dict[
     """Resolve what depends on other flags and on the config; flags that do not go together end the stage."""
     if args.fp16:
         args.mixed_precision = "fp16"
-    if args.lora_r and (encoded_kind(config) != "fs" or args.bert_use_feature_based):
-        parser.error("--lora_r trains updates of a transformer's matrices; it goes neither with word vectors nor with "
-                     "--bert_use_feature_based")
-    if args.layer_lr_decay != 1 and (encoded_kind(config) != "fs" or args.bert_use_feature_based):
-        parser.error("--layer_lr_decay is of a transformer that is trained; it goes neither with word vectors nor with "
-                     "--bert_use_feature_based")
+    transformer = encoded_kind(config) == "fs"
+    for flag, none in (("lora_r", None), ("layer_lr_decay", 1)):
+        if getattr(args, flag) != none and (not transformer or args.bert_use_feature_based):
+            parser.error(f"--{flag} is of a transformer that is trained; it goes neither with word vectors nor with "
+                         "--bert_use_feature_based")
+    if args.token_cutoff and not transformer:
+        parser.error("--token_cutoff is of a transformer's tokens; word vectors have --word_dropout")
+    if args.word_dropout and transformer:
+        parser.error("--word_dropout is of word vectors; a transformer has --token_cutoff")
     if args.epoch is None:
         args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]
     if chosen := one_of(args, "enable_qat", "enable_qat_fx", "enable_diffq"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import EncodedData
@@ -159,15 +160,20 @@ class TransformerEmbedding(nn.Module):
         transformer: a model of the transformers library.
         classify_by: "first" or "last", see `classification_token`.
         frozen: its weights are not trained, and it has no dropout.
+        token_cutoff: the share of tokens whose vectors training reads as zeros, drawn anew in each pass; positions
+            stay, and so do a sentence's first and last token, which are special in most tokenizers. Token cutoff, Shen
+            et al. 2020 (arXiv 2009.13818, section 3.1).
     """
 
-    def __init__(self, transformer: Any, classify_by: str, frozen: bool = False) -> None:
+    def __init__(self, transformer: Any, classify_by: str, frozen: bool = False, token_cutoff: float = 0.0) -> None:
         super().__init__()
         self.transformer = transformer
         self.classify_by = classify_by
         self.frozen = frozen
+        self.token_cutoff = token_cutoff
         self.output_size: int = transformer.config.hidden_size
         self._pad: Tensor | None = None  # [B, T], True at pad positions, while a forward pass runs
+        self._unread: Tensor | None = None  # [B, T], these, and in training the tokens that --token_cutoff hides
         self.output: Any = None  # see keep_output
         takes = inspect.signature(transformer.forward).parameters
         self._kwargs = {"use_cache": False} if "use_cache" in takes else {}
@@ -181,12 +187,16 @@ class TransformerEmbedding(nn.Module):
         MobileBERT concatenates the embeddings of neighbours; ConvBERT convolves hidden states and unfolds windows of
         them; attention masks reach neither.
         """
-        self.transformer.get_input_embeddings().register_forward_hook(self._mask_output)
+        self.transformer.get_input_embeddings().register_forward_hook(self._mask_unread)
         for module in self.transformer.modules():
             if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
                 module.register_forward_pre_hook(self._mask_channels)
             if isinstance(getattr(module, "conv_out_layer", None), nn.Module):
                 module.conv_out_layer.register_forward_hook(self._mask_output)
+
+    def _mask_unread(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """output [B, T, D]: the token table's, without positions."""
+        return output if self._unread is None else output.masked_fill(self._unread.unsqueeze(-1), 0.0)
 
     def _mask_output(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """output [B, T, D]."""
@@ -218,13 +228,16 @@ class TransformerEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids [B, T], 0 where mask [B, T] is False -> [B, T, D], zero there; [B, 1, D] after read_first_only."""
-        self._pad = ~mask
+        self._pad = self._unread = ~mask
+        if self.training and self.token_cutoff:
+            inner = F.pad(F.pad(mask, (0, 1))[:, 2:], (1, 0))  # all but a sentence's first and last
+            self._unread = self._pad | (inner & (torch.rand(mask.shape, device=mask.device) < self.token_cutoff))
         if pad_id := self.transformer.config.pad_token_id:  # mBART finds a sentence's end by it
             input_ids = input_ids.masked_fill(self._pad, pad_id)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output = self.transformer(input_ids=input_ids, attention_mask=mask.long(), **self._kwargs)
         if not torch.is_grad_enabled():  # else gradient checkpointing needs it once more
-            self._pad = None
+            self._pad = self._unread = None
         hidden = output.last_hidden_state
         return hidden.masked_fill(~mask[:, : hidden.shape[1]].unsqueeze(-1), 0.0)
 
@@ -260,7 +273,7 @@ class TransformerEmbedding(nn.Module):
             raise InputError(f"{path}: its tokenizer has more tokens than the model has embeddings ({rows}).")
         check_length(model, data.facts["n_ctx"], path)
         embedding = cls(model, classification_token(model, data.facts["leading_special"]),
-                        args.bert_use_feature_based)
+                        args.bert_use_feature_based, args.token_cutoff)
         check_padding(embedding, path)
         if args.gradient_checkpointing:
             try:

@@ -32,7 +32,8 @@ SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases re
 SNIPS = "--word_dropout=0.5 --rdrop=4"
 TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
-MINILM_SST2 = "--batch_size=64 --warmup_ratio=0.1 --measure=last --lr=1e-4 --epoch=2 --rdrop=3 --layer_lr_decay=0.85"
+MINILM_SST2 = ("--batch_size=64 --warmup_ratio=0.1 --measure=last --lr=1e-4 --epoch=2 --rdrop=3 --token_cutoff=0.1 "
+               "--layer_lr_decay=0.85")
 BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
 BY_THEIR_LOGITS = ("--augmented --criterion=MSELoss --batch_size=64 --warmup_ratio=0.1 --measure=last --lr=2e-4 "
                    "--epoch=2 --layer_lr_decay=0.85")
