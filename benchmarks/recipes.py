@@ -32,11 +32,11 @@ SST2 = "--epoch=1 --word_dropout=0.5 --rdrop=2 --measure=loss"  # its phrases re
 SNIPS = "--word_dropout=0.5 --rdrop=4"
 TRAINABLE = "--embedding_trainable"
 MINILM = "--lr=1e-4 --batch_size=64 --warmup_ratio=0.1"
-MINILM_SST2 = ("--batch_size=64 --warmup_ratio=0.1 --measure=last --lr=1e-4 --epoch=2 --rdrop=3 --token_cutoff=0.1 "
-               "--layer_lr_decay=0.85")
+LAYERWISE = "--layer_lr_decay=0.85"
+MINILM_SST2 = "--batch_size=64 --warmup_ratio=0.1 --measure=last --lr=1e-4 --epoch=2 --rdrop=3"
 BY_LOGITS = f"--augmented --criterion=MSELoss {TRAINABLE}"
 BY_THEIR_LOGITS = ("--augmented --criterion=MSELoss --batch_size=64 --warmup_ratio=0.1 --measure=last --lr=2e-4 "
-                   "--epoch=2 --layer_lr_decay=0.85")
+                   f"--epoch=2 {LAYERWISE}")
 STUDENT = (f"--do_distill --teacher_model_path={{minilm-cls}} {MINILM} --epoch=2 --measure=last "
            "--student_init_layers=0,2,4 --kd_temperature=2")
 # By data set and model: the flags (those of README.md, DISTILLATION.md and FASTFORMERS.md) of train.py or, for the
@@ -54,8 +54,8 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("sst2", "cnn"): (f"{TRAINABLE} {SST2}", [1, 2, 3]),
     ("sst2", "densenet-cnn"): (f"{TRAINABLE} {SST2}", [1]),
     ("sst2", "densenet-dsa"): (f"{TRAINABLE} {SST2}", [1]),
-    ("sst2", "minilm-cls"): (MINILM_SST2, [1, 2, 3]),
-    ("sst2", "minilm-cnn"): (MINILM_SST2, [1, 2, 3]),
+    ("sst2", "minilm-cls"): (f"{MINILM_SST2} {LAYERWISE}", [1, 2, 3]),
+    ("sst2", "minilm-cnn"): (f"{MINILM_SST2} --token_cutoff=0.1 {LAYERWISE}", [1, 2, 3]),
     ("snips", "cnn-taught"): (f"{BY_LOGITS} --epoch=10", [1, 2, 3]),
     ("snips", "densenet-cnn-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
     ("snips", "densenet-dsa-taught"): (f"{BY_LOGITS} --epoch=5", [1]),
