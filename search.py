@@ -213,10 +213,20 @@ class Search:
         """Begin a trial and see it through."""
         import optuna
 
+        raised: list[Exception] = []
+
+        def objective(trial: Trial) -> float:
+            try:
+                return self.objective(trial)
+            except Exception as error:
+                raised.append(error)
+                raise
+
         try:
-            self.study.optimize(self.objective, n_trials=1, catch=NoTrial)
-        except (ValueError, FileNotFoundError, optuna.exceptions.UpdateFinishedTrialError):
-            if self.study.get_trials(deepcopy=False)[self.number].state.name != "FAIL":
+            self.study.optimize(objective, n_trials=1, catch=NoTrial)
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+            # A trial that was given up ends with optuna's refusal of its result; training's own error is no such thing.
+            if error in raised or self.study.get_trials(deepcopy=False)[self.number].state.name != "FAIL":
                 raise
             logger.warning("[trial %d] was given up by other workers while this one was suspended", self.number)
 

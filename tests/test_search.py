@@ -222,6 +222,31 @@ def test_a_best_trial_that_ends_meanwhile_keeps_its_files(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["1.pt"]
 
 
+@pytest.mark.timeout(60)  # else it would begin trials for ever
+def test_an_error_of_the_training_itself_ends_the_search(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*given: Any) -> None:
+        raise ValueError("of its own")
+
+    monkeypatch.setattr(train, "run", run)
+    with pytest.raises(ValueError, match="of its own"):
+        train.main(flags(encoded, trials=2))
+
+
+@pytest.mark.usefixtures("untrained")
+def test_a_trial_given_up_by_others_may_miss_its_files(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, run = STORAGES[0], train.run
+
+    def run_suspended(args: Any, *given: Any) -> Any:
+        if Path(args.save_path).stem == "1":
+            load(storage).tell(1, state=optuna.trial.TrialState.FAIL)
+            raise FileNotFoundError(args.save_path)
+        return run(args, *given)
+
+    monkeypatch.setattr(train, "run", run_suspended)
+    train.main(flags(encoded, f"--hp_storage={storage}", trials=3))
+    assert states(storage)["FAIL"] == 1 and states(storage)["RUNNING"] == 0 and len(trials(storage)) == 4
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("storage", STORAGES)
