@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import make_model
 from helpers import DIM, ENCODERS, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ from model import (
     parameter_groups,
     word_dropout_probabilities,
 )
+from transformer import TransformerEmbedding, load_pretrained
 
 WORDS, OWN, CLASSES = 30, 12, 4
 
@@ -248,6 +251,26 @@ def test_word_dropout_puts_unk_in_training_alone() -> None:
     assert set(seven.tolist()) == {1.0, 7.0} and 0.45 < (seven == 1).float().mean() < 0.55
     assert (nine == 9).all()  # not a word of the training data
     assert (embedding.eval()(ids, mask)[0] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["BERT", "MobileBERT", "GPT-2"])
+def test_token_cutoff_hides_inner_tokens_in_training_alone(tmp_path: Path, name: str) -> None:
+    make_model(name, tmp_path, ["one two three four five six seven eight nine ten"] * 20)
+    embedding = TransformerEmbedding(load_pretrained(str(tmp_path)), "first", token_cutoff=0.3)
+    seen: list[Tensor] = []
+    embedding.transformer.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(output.abs().sum(-1) > 0))
+    ids = torch.randint(3, 40, (400, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [5], [2], [1]]).repeat(100, 1)
+    torch.manual_seed(0)
+    embedding.train()(ids, mask)
+    hidden = mask & ~seen[-1]
+    inner = mask & (torch.arange(9) > 0) & (torch.arange(9) < mask.sum(1, keepdim=True) - 1)
+    assert not (hidden & ~inner).any() and 0.25 < hidden.sum() / inner.sum() < 0.35
+    embedding(ids, mask)
+    assert (mask & ~seen[-1] != hidden).any()  # drawn anew
+    embedding.eval()(ids, mask)
+    assert (seen[-1] == mask).all()
 
 
 @pytest.mark.parametrize("enc_class", ENCODERS)

@@ -390,26 +390,6 @@ def test_rates_by_layer_are_a_transformers(bert: Case) -> None:
     assert "from 0 to 1" in refusal(train.main, *bert.train_flags("--layer_lr_decay=1.1"))
 
 
-@pytest.mark.parametrize("name", ["BERT", "MobileBERT", "GPT-2"])
-def test_token_cutoff_hides_inner_tokens_in_training_alone(tmp_path: Path, name: str) -> None:
-    make_model(name, tmp_path, sample(200, "train.txt"))
-    embedding = TransformerEmbedding(load_pretrained(str(tmp_path)), "first", token_cutoff=0.3)
-    seen: list[torch.Tensor] = []
-    embedding.transformer.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: seen.append(output.abs().sum(-1) > 0))
-    ids = torch.randint(3, 40, (400, 9))
-    mask = torch.arange(9) < torch.tensor([[9], [5], [2], [1]]).repeat(100, 1)
-    torch.manual_seed(0)
-    embedding.train()(ids, mask)
-    hidden = mask & ~seen[-1]
-    inner = mask & (torch.arange(9) > 0) & (torch.arange(9) < mask.sum(1, keepdim=True) - 1)
-    assert not (hidden & ~inner).any() and 0.25 < hidden.sum() / inner.sum() < 0.35
-    embedding(ids, mask)
-    assert (mask & ~seen[-1] != hidden).any()  # drawn anew
-    embedding.eval()(ids, mask)
-    assert (seen[-1] == mask).all()
-
-
 def test_each_embedding_has_its_own_way_to_hide_words(bert: Case) -> None:
     assert "a transformer has --token_cutoff" in refusal(train.main, *bert.train_flags("--word_dropout=0.5"))
     assert "word vectors have --word_dropout" in refusal(
