@@ -15,6 +15,7 @@ Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB p
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -253,6 +255,8 @@ def evaluate_raw(predictor: Predictor, sentences: list[str]) -> tuple[np.ndarray
 def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
     """Answer each line of --input_path with a JSON object, in batches."""
     lines = Lines(args.input_path, args.skip_bad_lines, labelled=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # JSON's, whatever the locale has
     for sentences in _batches(lines, args.batch_size, args.num_examples):
         probabilities = predictor.probabilities([predictor.tokenizer(sentence) for sentence in sentences])
         for sentence, row in zip(sentences, probabilities, strict=True):
@@ -267,13 +271,16 @@ def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
 
 def _batches(lines: Lines, size: int, limit: int) -> Iterator[list[str]]:
     batch: list[str] = []
-    for count, example in enumerate(lines, 1):
-        batch.append(example.sentence)
-        if len(batch) == size or count == limit:
+    try:
+        for example in islice(lines, limit or None):
+            batch.append(example.sentence)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except InputError:  # a bad line; those before it get their answers
+        if batch:
             yield batch
-            batch = []
-        if count == limit:
-            return
+        raise
     if batch:
         yield batch
 
@@ -386,13 +393,19 @@ def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse
     """Write augmented.raw.pred."""
     from dataset import EncodedData, check_same_data
 
+    def check(found: dict[str, Any], path: str) -> None:
+        check_same_data(data, found, path)
+        if found.get("int8"):
+            raise InputError(f"{path}: an int8 file; a teacher's logits are those of fp32, of the file that "
+                             "--convert_onnx writes without --quantize_onnx, or of --model_path.")
+
     data = EncodedData(folder / f"augmented.raw.{record['facts']['kind']}")
-    check_same_data(data, record, model_file(args))
+    check(record, model_file(args))
     teachers = {record["run_id"]: (model_file(args), predictor)}
     for path in args.more_teachers:
         own = argparse.Namespace(**{**vars(args), "model_path": path, "onnx_path": path, "bert_output_dir": None})
         other, found = load_onnx(own, config) if args.enable_ort else load_torch(own, config)
-        check_same_data(data, found, path)
+        check(found, path)
         if found["run_id"] in teachers:
             raise InputError(f"--more_teachers: {path} and {teachers[found['run_id']][0]} are of the same run.")
         teachers[found["run_id"]] = (path, other)
@@ -423,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     way = int8_way(args)
     predictor, record = load_onnx(args, config) if args.enable_ort else load_torch(args, config, way)
     folder = Path(args.data_dir or record["flags"]["data_dir"])
-    if args.input_path:
+    if args.input_path is not None:
         classify_lines(predictor, args)
         return
     if args.augmented:

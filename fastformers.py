@@ -255,6 +255,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     train, valid = load_data(args, config)
     check_same_data(train, checkpoint, args.model_path)
     model = load_classifier(checkpoint, []).to(device)
+    model.embedding.token_cutoff = args.token_cutoff
     transformer: Any = model.embedding.transformer
     pruning.check_targets(transformer, args.target_num_heads, args.target_ffn_dim)
     args.bert_model_name_or_path = tokenizer_folder(args, checkpoint)

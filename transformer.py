@@ -187,8 +187,11 @@ class TransformerEmbedding(nn.Module):
         MobileBERT concatenates the embeddings of neighbours; ConvBERT convolves hidden states and unfolds windows of
         them; attention masks reach neither.
         """
-        self.transformer.get_input_embeddings().register_forward_hook(self._mask_unread)
-        for module in self.transformer.modules():
+        table = self.transformer.get_input_embeddings().weight
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.Embedding) and module.weight is table:  # encoder-decoders have several
+                shifted = self.transformer.config.is_encoder_decoder and name.startswith("decoder.")
+                module.register_forward_hook(self._mask_unread_later if shifted else self._mask_unread)
             if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
                 module.register_forward_pre_hook(self._mask_channels)
             if isinstance(getattr(module, "conv_out_layer", None), nn.Module):
@@ -197,6 +200,12 @@ class TransformerEmbedding(nn.Module):
     def _mask_unread(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """output [B, T, D]: the token table's, without positions."""
         return output if self._unread is None else output.masked_fill(self._unread.unsqueeze(-1), 0.0)
+
+    def _mask_unread_later(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """output [B, T, D]: a decoder's, which reads each token a position later, and first one that begins or ends."""
+        if self._unread is None or not self.training:  # no position sees the padding behind it
+            return output
+        return output.masked_fill(F.pad(self._unread[:, :-1], (1, 0)).unsqueeze(-1), 0.0)
 
     def _mask_output(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """output [B, T, D]."""

@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 # What a row depends on; another version of it makes the row stale.
 DECISIVE = ("preprocess.py", "train.py", "training.py", "fast_training.py", "trainer.py", "learning.py", "model.py",
             "dataset.py", "text.py", "vectors.py", "transformer.py", "layers.py")
-DECISIVE_FOR_STUDENTS = ("augment_data.py", "fastformers.py", "distillation.py", "pseudo_labels.py", "pruning.py")
+DECISIVE_FOR_TEXT = ("augment_data.py", "tagging.py", "labelling.py")
+DECISIVE_FOR_STUDENTS = (*DECISIVE, *DECISIVE_FOR_TEXT, "fastformers.py", "distillation.py", "pseudo_labels.py",
+                         "pruning.py")
 
 
 # --------------------------------------------------------------------------------------------------------- accuracy
@@ -82,6 +84,8 @@ class Plan:
 
 def measure_accuracy(plan: Plan, folder: Path) -> None:
     """Train and test every model and baseline on every data set, working in `folder`."""
+    if plan.folds == 1:
+        raise InputError("--folds 1 would hold all out and leave nothing to train on; give 2 or more, or 0.")
     if plan.folds and (students := [model for model in plan.models if model in TAUGHT]):
         raise InputError(f"--folds: {', '.join(students)} would need teachers that have not seen the fold; without "
                          "--folds, students are tested on test.txt.")
@@ -97,8 +101,8 @@ def measure_accuracy(plan: Plan, folder: Path) -> None:
 def hold_out(source: Path, folder: Path, fold: int, folds: int) -> Path:
     """A data set whose test file is a share of `source`'s training file, which its own training file lacks."""
     copy_splits(source, folder)
-    lines = (source / SPLITS[0]).read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = [line.rstrip("\r\n") + "\n" for line in lines if line.strip()]
+    lines = (source / SPLITS[0]).read_bytes().decode("utf-8-sig").split("\n")  # str.splitlines() knows other ends, too
+    lines = [line.rstrip("\r") + "\n" for line in lines if line.strip()]
     random.Random(0).shuffle(lines)
     for name, chosen in ((SPLITS[0], False), (SPLITS[2], True)):
         kept = [line for number, line in enumerate(lines) if (number % folds == fold) == chosen]
@@ -146,13 +150,13 @@ def measure_data_set(plan: Plan, source: Path, name: str, data: Path, fold: int 
                 run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}", *encoding,
                           "--augmented", f"--augmented_filename={place.name}")
         about = {"flags": flags, "config": config, "embedding": about}
-        run = partial(train_and_test, data, CONFIGS[model], used)
+        run = partial(train_and_test, data, CONFIGS[model], used, force=plan.force)
         for seed in [fold] if fold else plan.seeds or seeds:
             key = {"data_set": shown, "model": model, "seed": seed,
                    "recipe": digest(json.dumps([config, flags, *([] if fold else [facts])])),
                    "code": digest("".join([code, *texts])) if fold else code}
             kept = plan.checkpoints and run_folder(plan.checkpoints, data.name, model, seed)
-            finish(plan, key, about, partial(run, seed, kept))
+            finish(plan, key, about, partial(run, key, kept))
     for baseline, (fit, settings) in BASELINES.items():
         settings = settings[: plan.settings]
         key = {"data_set": shown, "model": baseline, "seed": fold,
@@ -202,8 +206,9 @@ def augmented_text(plan: Plan, source: Path, data_set: str, name: str, teaching:
     """
     names, flags = teaching
     teachers = [kept_model(plan.checkpoints, data_set, model, seed) for model, seed in names]
-    sums = [sha256(teacher) for teacher in teachers]
-    folder = teachers[0].parent.parent / f"{data_set}-augmented-{digest(str([sums, flags]))}"
+    decisive = [sha256(source / SPLITS[0]), [sha256(teacher) for teacher in teachers], flags,
+                code_hash(DECISIVE_FOR_TEXT)]
+    folder = teachers[0].parent.parent / f"{data_set}-augmented-{digest(str(decisive))}"
     path = folder / "augmented.txt"
     if path.exists():
         return path
@@ -270,10 +275,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def code_hash(more: tuple[str, ...] = ()) -> str:
+def code_hash(files: tuple[str, ...] = DECISIVE) -> str:
     """A checksum of the code that decides a model's accuracy, but for its comments, docstrings and layout."""
     trees = []
-    for name in (*DECISIVE, *more):
+    for name in files:
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -298,14 +303,41 @@ def encoded_facts(data: Path) -> dict[str, Any]:
             "table": splits[0]["table"], "vectors": vocabulary - splits[0]["own_rows"]}
 
 
-def train_and_test(data: Path, config: str, flags: list[str], seed: int, kept: Path | None) -> dict[str, Any]:
+def go_on(folder: Path, key: dict[str, Any], force: bool) -> bool:
+    """Make a kept run's folder, and move one aside that another recipe or other code left, or a finished one.
+
+    Args:
+        force: a finished run of the same recipe and code is moved aside, too.
+
+    Returns:
+        Whether there is a run in it to go on with.
+    """
+    from util import write_json
+
+    path, mine = folder / "key.json", {name: key[name] for name in ("recipe", "code")}
+    begun = folder.exists() and any(folder.iterdir())
+    finished = (folder / "model.pt.train.json").exists()
+    if begun and (not path.exists() or json.loads(path.read_text()) != mine or (force and finished)):
+        aside = next(place for number in itertools.count(1)
+                     if not (place := folder.with_name(f"{folder.name}.before-{number}")).exists())
+        folder.rename(aside)
+        logger.info("[%s: of another recipe or other code, or to be run again; it is now %s]", folder, aside)
+        begun = False
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(mine, path)
+    return begun
+
+
+def train_and_test(data: Path, config: str, flags: list[str], key: dict[str, Any], kept: Path | None,
+                   force: bool = False) -> dict[str, Any]:
     """Run train.py and evaluate.py, on encoded data and once more on raw text, one sentence at a time.
 
     Args:
+        key: what the row is found by; its seed.
         kept: the folder of the run's files; None: one that is removed at the end.
+        force: train anew where a finished run of the same recipe and code is kept.
     """
-    if kept:
-        kept.mkdir(parents=True, exist_ok=True)
+    begun, seed = kept is not None and go_on(kept, key, force), key["seed"]
     with nullcontext(kept) if kept else tempfile.TemporaryDirectory(dir=data) as folder:
         model = f"{folder}/model.pt"
         common = (f"--config={config}", f"--data_dir={data}")
@@ -330,7 +362,8 @@ def train_and_test(data: Path, config: str, flags: list[str], seed: int, kept: P
     return {"accuracy": test["accuracy"], "correct": test["correct"], "examples": test["examples"],
             "macro_f1": test["macro_f1"], "raw_accuracy": raw["accuracy"], "valid_accuracy": best["valid_accuracy"],
             "valid_loss": best["valid_loss"], "best_step": best["step"], "precision": trained["flags"]["precision"],
-            "train_seconds": seconds, "ms": raw["timing"]["mean_ms"], "ms_encoded": test["timing"]["mean_ms"]}
+            "train_seconds": None if begun else seconds, "ms": raw["timing"]["mean_ms"],
+            "ms_encoded": test["timing"]["mean_ms"]}
 
 
 # -------------------------------------------------------------------------------------------------------- baselines

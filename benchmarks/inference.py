@@ -129,7 +129,7 @@ class Case:
                                   self.args.bert_model_name_or_path)
         encode(self.source, self.data, config, *encoding)
         common = (f"--config={config}", f"--data_dir={self.data}")
-        if self.model.exists():
+        if Path(f"{self.model}.train.json").exists():  # which a finished training leaves
             logger.info("[%s: trained before, %s]", self.name, self.model)
         else:
             self.train(self.model, "--epoch=2")
@@ -138,12 +138,12 @@ class Case:
                   f"--num_threads={self.args.num_threads}")
 
     def train(self, path: Path, *flags: str) -> None:
-        """Train a model to `path` by Snips' recipe, which the flags change."""
+        """Train a model to `path` by Snips' recipe, which the flags change; go on with one that was cut off."""
         config = CONFIGS[self.name]
         pretrained = [f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"]
         run_stage("train.py", f"--config={config}", f"--data_dir={self.data}", *RECIPES["snips", self.name][0].split(),
                   *(pretrained if encoded_kind(load_config(config)) == "fs" else []), "--seed=1", *flags,
-                  *self.args.sizes.train_flags.split(), f"--save_path={path}", f"--log_dir={self.folder / 'runs'}",
+                  *self.args.sizes.train_flags.split(), "--resume", f"--save_path={path}", f"--log_dir={self.folder / 'runs'}",
                   f"--log_path={self.folder / 'train.log'}", f"--bert_output_dir={self.folder / path.stem}")
 
     def sides(self) -> dict[str, Answer]:

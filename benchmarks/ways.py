@@ -54,7 +54,7 @@ def train_each_way(case: Case) -> dict[str, Path]:
     models = {}
     for way in ("qat", "diffq"):
         models[way] = case.model.with_name(f"{case.name}-{way}.pt")
-        if not models[way].exists():
+        if not Path(f"{models[way]}.train.json").exists():
             case.train(models[way], "--rdrop=0", "--epoch=1", f"--enable_{way}", f"--restore_path={case.model}")
     return models
 

@@ -242,7 +242,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Stages replaced by a list of what was trained."""
     done: list[tuple[str, int]] = []
 
-    def train_and_test(data: Path, config: str, flags: list[str], seed: int, kept: Path | None) -> dict[str, Any]:
+    def train_and_test(data: Path, config: str, flags: list[str], key: dict[str, Any], kept: Path | None,
+                       force: bool = False) -> dict[str, Any]:
+        seed = key["seed"]
         if len(done) == 2 and seed == 3:
             raise KeyboardInterrupt
         done.append((Path(config).stem, seed))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import make_model
+from architectures import ARCHITECTURES, make_model
 from helpers import DIM, ENCODERS, make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -271,6 +271,20 @@ def test_token_cutoff_hides_inner_tokens_in_training_alone(tmp_path: Path, name:
     assert (mask & ~seen[-1] != hidden).any()  # drawn anew
     embedding.eval()(ids, mask)
     assert (seen[-1] == mask).all()
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES])
+def test_what_token_cutoff_hides_changes_no_output(tmp_path: Path, name: str) -> None:
+    """In encoder-decoders, too, whose parts look tokens up each for itself."""
+    make_model(name, tmp_path, ["one two three four five six seven eight nine ten"] * 20)
+    embedding = TransformerEmbedding(load_pretrained(str(tmp_path)), "first", token_cutoff=0.999999).train()
+    for module in embedding.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    embedding.transformer.eval()  # attention's own dropout
+    ids = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 10, 12, 6]])
+    one, other = embedding(ids, torch.ones_like(ids, dtype=torch.bool))
+    torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("enc_class", ENCODERS)
