@@ -285,7 +285,7 @@ class Search:
         ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
         best = best_of(ended)
         beaten = {str(trial.number) for trial in ended if trial is not best}
-        for path in (*self.folder.glob("[0-9]*.*"), *self.folder.glob(".[0-9]*.tmp")):
+        for path in self.folder.iterdir():  # N.pt, .N.pt.PID.tmp, the folders N.bert and .N.bert-XXXX
             if path.name.removeprefix(".").split(".")[0] in beaten:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

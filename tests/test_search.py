@@ -198,6 +198,22 @@ def test_a_journal_does_not_wait_for_other_hosts(encoded: Place) -> None:
     assert found["COMPLETE"] + found["PRUNED"] == 2 and found["RUNNING"] == 1  # there it may go on
 
 
+def test_half_written_files_of_killed_workers_go(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
+    study.ask()  # trial 2, of a worker that writes just now
+    for number in range(3):
+        (tmp_path / f".{number}.pt.99.tmp").touch()
+        for name in (f".{number}.bert-x1y2", f"{number}.bert"):
+            (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / ".trials.csv.99.tmp").touch()
+    search.Search(study, False, {}, [], tmp_path, 3, train.make_parser(), train.get_params, train.run).remove_beaten()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".trials.csv.99.tmp", *(name for number in (0, 2) for name in (
+            f".{number}.pt.99.tmp", f".{number}.bert-x1y2", f"{number}.bert"))}
+
+
 def test_a_best_trial_that_ends_meanwhile_keeps_its_files(tmp_path: Path) -> None:
     study = optuna.create_study(direction="maximize")
     study.add_trial(optuna.trial.create_trial(value=0.5))
