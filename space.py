@@ -76,11 +76,12 @@ def _check_values(action: argparse.Action | None, rule: Any, where: str, hint: s
     if log and low <= 0:
         raise InputError(f"{where}: low is {low}, and log needs it above 0.")
     if step is not None:
+        whole = isinstance(low, int)
         if log:
             raise InputError(f"{where}: log and step do not go together; leave one of them out.")
-        if isinstance(step, bool) or not isinstance(step, type(low)) or step <= 0:
+        if isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0:
             raise InputError(f"{where}: step is {json.dumps(step)} and must be a "
-                             f"{'whole ' if isinstance(low, int) else ''}number above 0.")
+                             f"{'whole ' if whole else ''}number above 0.")
     return {"low": low, "high": high, "log": log, "step": step}
 
 

@@ -390,6 +390,7 @@ def test_default_space() -> None:
     ({"lr": {"low": 0, "high": 1, "log": 1}}, ": lr: log is 1 and must be true or false"),
     ({"lr": {"low": 1, "high": 2, "log": True, "step": 1}}, ": lr: log and step do not go together"),
     ({"seed": {"low": 1, "high": 2, "step": 0.5}}, ": seed: step is 0.5 and must be a whole number"),
+    ({"lr": {"low": 1, "high": 2, "step": "1"}}, ': lr: step is "1" and must be a number above 0'),
     ({"batch_size": [8, 0]}, ": batch_size: 0 is below 1"), ({"batch_size": [8, 1.5]}, ": batch_size: '1.5' is not a"),
     ({"batch_size": {"low": 0.5, "high": 2}}, ": batch_size: low: '0.5' is not a whole number"),
     ({"batch_size": [8, [16]]}, ": batch_size: [16] is no value"), ({"lr": ["a", "b"]}, ": lr: 'a' is not a number"),
@@ -416,11 +417,12 @@ def test_unreadable_spaces(encoded: Place) -> None:
 @pytest.mark.usefixtures("untrained")
 def test_lists_of_layers_and_steps(encoded: Place) -> None:
     space = {"bert_remove_layers": ["0,1", "2"], "weight_decay": {"low": 0, "high": 0.1, "step": 0.05},
-             "patience": {"low": 2, "high": 8, "step": 2}}
+             "patience": {"low": 2, "high": 8, "step": 2}, "rdrop": {"low": 0, "high": 4, "step": 1}}
     train.main(flags(encoded, f"--hp_storage={STORAGES[1]}", space=space, trials=3))
     for trial in trials(STORAGES[1]):
         assert f"--bert_remove_layers={trial.params['bert_remove_layers']} " in trial.user_attrs["command"] + " "
         assert trial.params["weight_decay"] in (0, 0.05, 0.1) and trial.params["patience"] in (2, 4, 6, 8)
+        assert trial.params["rdrop"] in range(5)
 
 
 # ---------------------------------------------------------------------------------------------------------- refused
