@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, did_you_mean
-from errors import InputError
+from errors import FlagError, InputError
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -100,6 +101,25 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{where}: {error}.") from None
     return held if isinstance(held, int | float) else str(value)  # a list of layers stays as it is written
+
+
+def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], None]) -> None:
+    """Refuse a listed value or the end of a range that no trial could take, before one is drawn.
+
+    Args:
+        space: as check_space returns it.
+        source: the file's name.
+        check: of a flag and a value; raises FlagError if they do not go with the command line, config and data.
+
+    Raises:
+        InputError: names the file and the key.
+    """
+    for name, rule in space.items():
+        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
+            try:
+                check(name, value)
+            except FlagError as error:
+                raise InputError(f"{source}: {name}: {error}") from None
 
 
 def suggest(trial: Trial, space: dict[str, Any]) -> dict[str, Any]:
