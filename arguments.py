@@ -9,12 +9,11 @@ import argparse
 import difflib
 import json
 import math
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from errors import InputError
+from errors import FlagError, InputError
 from files import open_input
 from text import WORD_TOKENIZERS
 
@@ -223,8 +222,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        raise FlagError(message)
 
     def parse_with_config(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """The flags, with the config's training settings in the place of their defaults, and the config."""
@@ -300,7 +298,8 @@ def number(low: float = 0.0, high: float = float("inf"), below: bool = False) ->
 def one_of(args: argparse.Namespace, *flags: str) -> str | None:
     """Which of the flags is set; None: none of them.
 
-    Two of them end the stage with exit status 2.
+    Raises:
+        FlagError: two of them are.
     """
     chosen = [flag for flag in flags if getattr(args, flag)]
     if len(chosen) > 1:

@@ -17,6 +17,10 @@ class InputError(Exception):
     """
 
 
+class FlagError(InputError):
+    """A flag that is refused, by itself, or with the other flags, the config or the data."""
+
+
 class FullDisk(InputError):
     """There is no room for a file."""
 

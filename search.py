@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, command_line, read_json, spell
 from dataset import EncodedData
-from errors import InputError
+from errors import FlagError, InputError
 from files import atomic_write
-from space import check_space, default_space, suggest
+from space import check_alone, check_space, default_space, suggest
 from trainer import Diverged
+from training import check_loss_flags
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -152,6 +153,13 @@ class NoTrial(Exception):
     """A trial that gives no score, and is marked failed."""
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch found no room for a tensor; for the machine's memory it has no exception of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
 class Search:
     """One worker of a study.
 
@@ -243,10 +251,7 @@ class Search:
             optuna.storages.fail_stale_trials(self.study)
 
     def objective(self, trial: Trial) -> float:
-        """Train once. Returns the valid accuracy of the model that is kept."""
-        import optuna
-        import torch
-
+        """Draw and train once. Returns the valid accuracy of the model that is kept."""
         self.number = trial.number
         if self.heartbeats:  # before its mark, so that a trial which bears one has given a sign of life
             self.study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
@@ -257,10 +262,26 @@ class Search:
         drawn = suggest(trial, self.space)
         argv = [*self.base, *(word for flag, value in drawn.items() for word in spell(self.actions[flag], value))]
         trial.set_user_attr("command", shlex.join(["python", "train.py", *argv]))
+        logger.info("[trial %d] %s", trial.number, _spoken(drawn))
+        try:
+            accuracy = self.train(trial, argv)
+        except (Diverged, FlagError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            trial.set_user_attr("error", reason)
+            logger.warning("[trial %d] failed: %s", trial.number, reason)
+            raise NoTrial from None
+        logger.info("[trial %d] accuracy %.4f", trial.number, accuracy)
+        return accuracy
+
+    def train(self, trial: Trial, argv: list[str]) -> float:
+        """The training of a trial by its command line, into the trial's files."""
+        import optuna
+
         args, config = self.get_params(argv)
         args.save_path = str(self.folder / f"{trial.number}.pt")
         args.bert_output_dir = str(self.folder / f"{trial.number}.bert")
-        logger.info("[trial %d] %s", trial.number, _spoken(drawn))
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             trial.report(metrics["valid_accuracy"], epoch)
@@ -269,15 +290,7 @@ class Search:
                             metrics["valid_accuracy"])
                 raise optuna.TrialPruned
 
-        try:
-            accuracy = self.run(args, config, on_epoch)["valid_accuracy"]
-        except (Diverged, torch.OutOfMemoryError) as error:
-            reason = str(error).splitlines()[0]
-            trial.set_user_attr("error", reason)
-            logger.warning("[trial %d] failed: %s", trial.number, reason)
-            raise NoTrial from None
-        logger.info("[trial %d] accuracy %.4f", trial.number, accuracy)
-        return accuracy
+        return self.run(args, config, on_epoch)["valid_accuracy"]
 
     def remove_beaten(self) -> None:
         """Remove the files of all ended trials but the best, those that a killed worker had half written among them."""
@@ -285,7 +298,7 @@ class Search:
         ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
         best = best_of(ended)
         beaten = {str(trial.number) for trial in ended if trial is not best}
-        for path in (*self.folder.glob("[0-9]*.*"), *self.folder.glob(".[0-9]*.tmp")):
+        for path in self.folder.iterdir():  # N.pt, .N.pt.PID.tmp, the folders N.bert and .N.bert-XXXX
             if path.name.removeprefix(".").split(".")[0] in beaten:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
@@ -337,10 +350,18 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
     if args.resume:
         raise InputError("--resume: a search goes on by itself where it was stopped; leave --resume out.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch),
-                        args.hp_space or "--hp_search_optuna", parser)
+    source = args.hp_space or "--hp_search_optuna"
+    space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch), source, parser)
     groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
-    searching = {*groups["hyper-parameter search"], *space, "resume"}
+    search_flags = {*groups["hyper-parameter search"], "resume"}
+
+    def check(name: str, value: Any) -> None:
+        """In the place of the user's own value: what is refused then is refused for this value's sake."""
+        flag = spell(next(action for action in parser._actions if action.dest == name), value)
+        check_loss_flags(get_params([*command_line(parser, args, {*search_flags, name}), *flag])[0], data[0])
+
+    check_alone(space, source, check)
+    searching = search_flags | set(space)
     base = command_line(parser, args, searching)
     how = command_line(parser, args, searching | groups["files"] | groups["machine"])
     facts = {key: value for key, value in data[0].facts.items() if not key.endswith("_path")}

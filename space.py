@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from arguments import Parser, did_you_mean
-from errors import InputError
+from errors import FlagError, InputError
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -76,11 +77,12 @@ def _check_values(action: argparse.Action | None, rule: Any, where: str, hint: s
     if log and low <= 0:
         raise InputError(f"{where}: low is {low}, and log needs it above 0.")
     if step is not None:
+        whole = isinstance(low, int)
         if log:
             raise InputError(f"{where}: log and step do not go together; leave one of them out.")
-        if isinstance(step, bool) or not isinstance(step, type(low)) or step <= 0:
+        if isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0:
             raise InputError(f"{where}: step is {json.dumps(step)} and must be a "
-                             f"{'whole ' if isinstance(low, int) else ''}number above 0.")
+                             f"{'whole ' if whole else ''}number above 0.")
     return {"low": low, "high": high, "log": log, "step": step}
 
 
@@ -99,6 +101,25 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
     except argparse.ArgumentTypeError as error:
         raise InputError(f"{where}: {error}.") from None
     return held if isinstance(held, int | float) else str(value)  # a list of layers stays as it is written
+
+
+def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], None]) -> None:
+    """Refuse a listed value or the end of a range that no trial could take, before one is drawn.
+
+    Args:
+        space: as check_space returns it.
+        source: the file's name.
+        check: of a flag and a value; raises FlagError if they do not go with the command line, config and data.
+
+    Raises:
+        InputError: names the file and the key.
+    """
+    for name, rule in space.items():
+        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
+            try:
+                check(name, value)
+            except FlagError as error:
+                raise InputError(f"{source}: {name}: {error}") from None
 
 
 def suggest(trial: Trial, space: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from arguments import (
     one_of,
     positive_int,
 )
-from errors import InputError
+from errors import FlagError, InputError
 from files import open_input
 from text import NO_LABEL, VOCABULARY_FILES, Labels
 
@@ -191,20 +191,29 @@ def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, An
         logger.warning("[n_ctx] is %d in %s, and %d in the encoded data, which decide", config["n_ctx"], args.config,
                        train.facts["n_ctx"])
         config["n_ctx"] = train.facts["n_ctx"]
-    if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
-        raise InputError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
-                         "class labels; use CrossEntropyLoss.")
     if (train.targets == NO_LABEL).any() and not train.has_logits:
         raise InputError(f"{train.path}: its sentences have no labels; label them with evaluate.py --augmented, copy "
                          "augmented.raw.pred to augmented.txt and encode that.")
+    check_loss_flags(args, train)
+    return train, valid
+
+
+def check_loss_flags(args: argparse.Namespace, train: Any) -> None:
+    """Refuse what does not go with the targets of the training data.
+
+    Raises:
+        FlagError: names the flag.
+    """
+    if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
+        raise FlagError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
+                        "class labels; use CrossEntropyLoss.")
     taught = train.has_logits or getattr(args, "do_distill", False)
     if args.kd_temperature != 1 and (args.criterion == "MSELoss" or not taught):
-        raise InputError(f"--kd_temperature={args.kd_temperature:g} has no meaning for "
-                         + ("--criterion=MSELoss, which compares the logits themselves." if taught else
-                            f"{train.path}, which holds class labels and no teacher's logits."))
+        raise FlagError(f"--kd_temperature={args.kd_temperature:g} has no meaning for "
+                        + ("--criterion=MSELoss, which compares the logits themselves." if taught else
+                           f"{train.path}, which holds class labels and no teacher's logits."))
     if args.criterion in ("MSELoss", "KLDivLoss") and args.class_weights != "none":
-        raise InputError(f"--class_weights={args.class_weights} has no meaning for --criterion={args.criterion}.")
-    return train, valid
+        raise FlagError(f"--class_weights={args.class_weights} has no meaning for --criterion={args.criterion}.")
 
 
 def fit_gaussian(model: Any, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""Hyper-parameter search: several workers on one study, one of them killed, the best command, bad spaces."""
+"""Hyper-parameter search: several workers on one study, one of them killed, the best command."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from conftest import Place
 from helpers import refusal, same_weights, script, write_config
 
@@ -24,7 +25,7 @@ import search
 import train
 import trainer
 import training
-from search import check_space, default_space, open_storage
+from search import open_storage
 
 STORAGES = ["sqlite:///study.db", "study.journal"]
 SPACE = {"lr": {"low": 1e-3, "high": 1e-1, "log": True}, "batch_size": [4, 8], "seed": {"low": 17, "high": 42},
@@ -198,6 +199,22 @@ def test_a_journal_does_not_wait_for_other_hosts(encoded: Place) -> None:
     assert found["COMPLETE"] + found["PRUNED"] == 2 and found["RUNNING"] == 1  # there it may go on
 
 
+def test_half_written_files_of_killed_workers_go(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
+    study.ask()  # trial 2, of a worker that writes just now
+    for number in range(3):
+        (tmp_path / f".{number}.pt.99.tmp").touch()
+        for name in (f".{number}.bert-x1y2", f"{number}.bert"):
+            (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / ".trials.csv.99.tmp").touch()
+    search.Search(study, False, {}, [], tmp_path, 3, train.make_parser(), train.get_params, train.run).remove_beaten()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".trials.csv.99.tmp", *(name for number in (0, 2) for name in (
+            f".{number}.pt.99.tmp", f".{number}.bert-x1y2", f"{number}.bert"))}
+
+
 def test_a_best_trial_that_ends_meanwhile_keeps_its_files(tmp_path: Path) -> None:
     study = optuna.create_study(direction="maximize")
     study.add_trial(optuna.trial.create_trial(value=0.5))
@@ -345,6 +362,39 @@ def test_diverged_trials_count_and_end(encoded: Place, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.count("fail") == 2
 
 
+def test_flags_that_only_together_are_refused_fail_a_trial(encoded: Place, monkeypatch: pytest.MonkeyPatch,
+                                                            caplog: pytest.LogCaptureFixture) -> None:
+    get_params = train.get_params
+
+    def refusing(argv: list[str]) -> Any:
+        args, config = get_params(argv)
+        if args.lr == 0.1 and args.batch_size == 4:
+            train.make_parser().error("--lr and --batch_size do not go together")
+        return args, config
+
+    monkeypatch.setattr(train, "get_params", refusing)
+    space = {"lr": [0.1, 0.01], "batch_size": [4, 8]}
+    train.main(flags(encoded, f"--hp_storage={STORAGES[1]}", "--epoch=1", space=space, trials=8))
+    refused = [trial for trial in trials(STORAGES[1]) if trial.params == {"lr": 0.1, "batch_size": 4}]
+    assert refused and len(trials(STORAGES[1])) == 8 and states(STORAGES[1])["FAIL"] == len(refused)
+    for trial in refused:
+        assert trial.user_attrs["error"] == "--lr and --batch_size do not go together"
+        assert f"[trial {trial.number}] failed: --lr and --batch_size do not go together" in caplog.text
+
+
+def test_a_trial_too_large_for_the_machines_memory_fails(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train.run
+
+    def large(args: Any, *given: Any) -> Any:
+        torch.empty(1 << 50 if Path(args.save_path).stem == "0" else 1)
+        return run(args, *given)
+
+    monkeypatch.setattr(train, "run", large)
+    train.main(flags(encoded, f"--hp_storage={STORAGES[1]}", trials=2))
+    assert [trial.state.name for trial in trials(STORAGES[1])] == ["FAIL", "COMPLETE"]
+    assert "can't allocate memory" in trials(STORAGES[1])[0].user_attrs["error"]
+
+
 def test_what_ends_a_training_ends_the_search(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device", "model.pt")
@@ -353,58 +403,15 @@ def test_what_ends_a_training_ends_the_search(encoded: Place, monkeypatch: pytes
     assert refusal(train.main, *flags(encoded)) == "model.pt: No space left on device."
 
 
-# ------------------------------------------------------------------------------------------------------------- space
-
-
-def test_default_space() -> None:
-    space = check_space(default_space(3), "default", train.make_parser())
-    assert space == {"lr": {"low": 1e-6, "high": 1e-3, "log": True, "step": None}, "batch_size": [32, 64, 128],
-                     "seed": {"low": 17, "high": 42, "log": False, "step": None},
-                     "epoch": {"low": 1, "high": 3, "log": False, "step": None}}
-
-
-@pytest.mark.parametrize(("space", "says"), [
-    ({}, ": names no flag"), ({"lrr": [1, 2]}, ": lrr: no flag of train.py that can be searched (did you mean 'lr'?)"),
-    ({"save_path": ["a", "b"]}, ": save_path: no flag"), ({"device": ["cpu", "cuda"]}, ": device: no flag"),
-    ({"hp_trials": [1, 2]}, ": hp_trials: no flag"), ({"lr": 0.1}, ": lr: a list of values is expected, or a range"),
-    ({"lr": [0.1]}, ": lr: two or more"), ({"lr": [0.1, 0.1]}, ": lr: two or more"),
-    ({"lr": {"low": 1}}, ": lr: high is missing"), ({"lr": {"low": 0.1, "hi": 1}}, ": lr: unknown key 'hi'"),
-    ({"lr": {"low": 2, "high": 1}}, ": lr: low is 2.0, above high, which is 1.0"),
-    ({"lr": {"low": 0, "high": 1, "log": True}}, ": lr: low is 0.0, and log needs it above 0"),
-    ({"lr": {"low": 0, "high": 1, "log": 1}}, ": lr: log is 1 and must be true or false"),
-    ({"lr": {"low": 1, "high": 2, "log": True, "step": 1}}, ": lr: log and step do not go together"),
-    ({"seed": {"low": 1, "high": 2, "step": 0.5}}, ": seed: step is 0.5 and must be a whole number"),
-    ({"batch_size": [8, 0]}, ": batch_size: 0 is below 1"), ({"batch_size": [8, 1.5]}, ": batch_size: '1.5' is not a"),
-    ({"batch_size": {"low": 0.5, "high": 2}}, ": batch_size: low: '0.5' is not a whole number"),
-    ({"batch_size": [8, [16]]}, ": batch_size: [16] is no value"), ({"lr": ["a", "b"]}, ": lr: 'a' is not a number"),
-    ({"embedding_trainable": [1, 0]}, ": embedding_trainable: 1 and must be true or false"),
-    ({"embedding_trainable": {"low": 0, "high": 1}}, ": embedding_trainable: a list of values is expected."),
-    ({"criterion": ["MSELoss", "Hinge"]}, ': criterion: "Hinge" and must be one of CrossEntropyLoss'),
-    ({"lr": [True, False]}, ": lr: true and must be a value"),
-    ({"bert_remove_layers": {"low": 1, "high": 2}}, ": bert_remove_layers: no number"),
-    ([1], ": one JSON object is expected"),
-])
-def test_bad_spaces(encoded: Place, space: Any, says: str) -> None:
-    assert refusal(train.main, *flags(encoded, space=space)).startswith(f"{encoded.root / 'space.json'}{says}")
-    assert not Path(f"{encoded.model}.trials").exists()
-
-
-def test_unreadable_spaces(encoded: Place) -> None:
-    argv = flags(encoded)
-    for content, says in ((b"{", ":1: not valid JSON"), (b"\xff", ": broken UTF-8"), (None, ": no such file")):
-        path = encoded.root / "space.json"
-        path.unlink() if content is None else path.write_bytes(content)
-        assert refusal(train.main, *argv).startswith(f"{path}{says}")
-
-
 @pytest.mark.usefixtures("untrained")
 def test_lists_of_layers_and_steps(encoded: Place) -> None:
     space = {"bert_remove_layers": ["0,1", "2"], "weight_decay": {"low": 0, "high": 0.1, "step": 0.05},
-             "patience": {"low": 2, "high": 8, "step": 2}}
+             "patience": {"low": 2, "high": 8, "step": 2}, "rdrop": {"low": 0, "high": 4, "step": 1}}
     train.main(flags(encoded, f"--hp_storage={STORAGES[1]}", space=space, trials=3))
     for trial in trials(STORAGES[1]):
         assert f"--bert_remove_layers={trial.params['bert_remove_layers']} " in trial.user_attrs["command"] + " "
         assert trial.params["weight_decay"] in (0, 0.05, 0.1) and trial.params["patience"] in (2, 4, 6, 8)
+        assert trial.params["rdrop"] in range(5)
 
 
 # ---------------------------------------------------------------------------------------------------------- refused
