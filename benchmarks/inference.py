@@ -143,8 +143,9 @@ class Case:
         pretrained = [f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"]
         run_stage("train.py", f"--config={config}", f"--data_dir={self.data}", *RECIPES["snips", self.name][0].split(),
                   *(pretrained if encoded_kind(load_config(config)) == "fs" else []), "--seed=1", *flags,
-                  *self.args.sizes.train_flags.split(), "--resume", f"--save_path={path}", f"--log_dir={self.folder / 'runs'}",
-                  f"--log_path={self.folder / 'train.log'}", f"--bert_output_dir={self.folder / path.stem}")
+                  *self.args.sizes.train_flags.split(), "--resume", f"--save_path={path}",
+                  f"--log_dir={self.folder / 'runs'}", f"--log_path={self.folder / 'train.log'}",
+                  f"--bert_output_dir={self.folder / path.stem}")
 
     def sides(self) -> dict[str, Answer]:
         """A function from a sentence to its class id for each form."""
