@@ -372,12 +372,29 @@ def test_folds(encoded: Place, configs: None, trained: list[tuple[str, int]], mo
 
 def test_the_code_hash_is_of_code_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(accuracy, "ROOT", tmp_path)
-    monkeypatch.setattr(accuracy, "DECISIVE", ("a.py",))
     hashes = []
     for text in ('def f():\n    "Says."\n    return 1', '# why\ndef f():\n\n    return 1', "def f():\n    return 2"):
         (tmp_path / "a.py").write_text(text)
-        hashes.append(accuracy.code_hash())
+        hashes.append(accuracy.code_hash(("a.py",)))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_kept_run_of_other_code_is_moved_aside(tmp_path: Path) -> None:
+    folder, key = tmp_path / "run", {"recipe": "a", "code": "b", "seed": 1}
+    assert not accuracy.go_on(folder, key, force=False)
+    (folder / "model.pt.state").touch()
+    assert accuracy.go_on(folder, key, force=False) and accuracy.go_on(folder, key, force=True)  # cut off: goes on
+    assert not accuracy.go_on(folder, {**key, "code": "c"}, force=False)
+    assert (tmp_path / "run.before-1/model.pt.state").exists() and not (folder / "model.pt.state").exists()
+    (folder / "model.pt.train.json").touch()
+    assert accuracy.go_on(folder, {**key, "code": "c"}, force=False)
+    assert not accuracy.go_on(folder, {**key, "code": "c"}, force=True)
+    assert (tmp_path / "run.before-2/model.pt.train.json").exists()
+
+
+def test_one_fold_leaves_nothing_to_train_on(raw: Place) -> None:
+    assert "give 2 or more" in refusal(benchmark.main, "accuracy", "--data_sets", raw.data, "--models", "gnb",
+                                       "--folds", 1)
 
 
 @pytest.mark.parametrize("name", accuracy.BASELINES)
