@@ -383,27 +383,22 @@ class SubwordTokenizer:
 
     def __call__(self, sentence: str) -> list[int]:
         """Token ids, at most n_ctx of them, special tokens kept."""
-        # Of one sentence the library's encode_batch would have another thread do the work, and wait for it to wake.
-        return self._ids(self.tokenizer.encode(self._text(sentence)))
+        return self.encode_batch([sentence])[0][0]
 
     def encode_batch(self, sentences: list[str]) -> list[tuple[list[int], int]]:
         """The ids of each sentence, and how many it would have without truncation."""
+        if self.mask:
+            sentences = [sentence.replace(MASK, self.mask) for sentence in sentences]
         rows = []
-        for encoding in self.tokenizer.encode_batch([self._text(sentence) for sentence in sentences]):
-            ids = self._ids(encoding)
-            length = len(encoding.ids) + sum(len(part.ids) - self.specials for part in encoding.overflowing)
-            rows.append((ids, length))
+        for encoding in self.tokenizer.encode_batch(sentences):
+            ids = encoding.ids
+            if sum(token in self.special_ids for token in ids) != self.specials:  # unigram models match "<pad>" in text
+                ids = [self.unknown if token in self.special_ids and not own else token
+                       for token, own in zip(ids, encoding.special_tokens_mask, strict=True)]
+            length = len(ids) + sum(len(part.ids) - self.specials for part in encoding.overflowing)
+            # A sentence of control characters may hold no token at all, and a model reads at least one.
+            rows.append((ids or self.empty, length))
         return rows
-
-    def _text(self, sentence: str) -> str:
-        return sentence.replace(MASK, self.mask) if self.mask else sentence
-
-    def _ids(self, encoding: Any) -> list[int]:
-        ids = encoding.ids
-        if sum(token in self.special_ids for token in ids) != self.specials:  # unigram models match "<pad>" in text
-            ids = [self.unknown if token in self.special_ids and not own else token
-                   for token, own in zip(ids, encoding.special_tokens_mask, strict=True)]
-        return ids or self.empty  # a sentence of control characters may hold no token, and a model reads at least one
 
 
 # What the encoded files of each kind are read with, and where the vocabulary stands in the data folder.

@@ -155,6 +155,14 @@ def test_several_teachers_label_with_the_mean_of_their_logits(labelled: Place) -
     assert snapshot(place.data) == before
 
 
+def test_teachers_answer_in_fp32(labelled: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {**load_checkpoint(labelled.model), "int8": {"setting": "dynamic"}}
+    monkeypatch.setattr(evaluate, "load_onnx", lambda args, config: (None, record))
+    before = snapshot(labelled.data)
+    assert "an int8 file" in refusal(evaluate.main, *labelled.evaluate_flags("--augmented", "--enable_ort"))
+    assert snapshot(labelled.data) == before
+
+
 def test_a_teacher_need_not_answer_again_what_it_labelled(labelled: Place) -> None:
     """fastformers.py --do_distill --augmented takes its logits from the file; another teacher answers for itself."""
     checkpoint = load_checkpoint(labelled.model)

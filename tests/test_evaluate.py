@@ -173,6 +173,22 @@ def test_bad_unlabelled_lines(trained: Place, content: bytes, place: str) -> Non
         assert len(classified(trained, path, "--skip_bad_lines")) == 2
 
 
+def test_lines_before_a_bad_one_are_answered_in_utf_8(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, said = trained.root / "in.txt", io.BytesIO()
+    output = io.TextIOWrapper(said, encoding="ascii", write_through=True)
+    path.write_text("play jazz\nspiel mir caf\u00e9\n\nplay rock", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        assert refusal(evaluate.main, *trained.evaluate_flags(f"--input_path={path}", "--batch_size=3")
+                       ).startswith(f"{path}:3: ")
+    lines = said.getvalue().decode("utf-8").splitlines()
+    assert [json.loads(line)["sentence"] for line in lines] == ["play jazz", "spiel mir caf\u00e9"]
+
+
+def test_an_empty_input_path_is_not_the_test_set(trained: Place) -> None:
+    refused_without_a_trace(trained, "--input_path=")
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 
