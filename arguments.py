@@ -261,15 +261,20 @@ def natural_int(text: str) -> int:
     return _ranged_int(text, 0)
 
 
-def _ranged_int(text: str, low: int) -> int:
+def thread_count(text: str) -> int:
+    """A flag's value that must be a number of threads; 0: the library's choice."""
+    return _ranged_int(text, 0, 1024)  # torch dies by a signal when told to make thousands
+
+
+def _ranged_int(text: str, low: int, high: int = (1 << 63) - 1) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} is below {low}")
-    if value >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"{value} is too large")
+    if value > high:
+        raise argparse.ArgumentTypeError(f"{value} is above {high}")
     return value
 
 

@@ -252,8 +252,12 @@ def show(args: argparse.Namespace, verbs: list[str]) -> None:
             print(accuracy_table(rows))
             draw_accuracy(rows, path.with_suffix(".png"))
         else:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            print(figures_table(result))
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                table = figures_table(result)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}: not as benchmark.py wrote it ({error}); remove or restore it.") from None
+            print(table)
             if name in ("chain", "inference"):
                 draw_inference(result["points"], path.with_suffix(".png"))
 

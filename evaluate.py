@@ -41,6 +41,7 @@ from arguments import (
     number,
     one_of,
     positive_int,
+    thread_count,
 )
 from errors import InputError, fail_cleanly
 from files import atomic_write
@@ -90,7 +91,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     int8.add_argument("--enable_diffq", action="store_true", help="the weights that --enable_diffq learned the bits of")
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
-    machine.add_argument("--num_threads", type=natural_int, default=0, help="(default: 0, the library's choice)")
+    machine.add_argument("--num_threads", type=thread_count, default=0, help="(default: 0, the library's choice)")
     args = parser.parse_args(argv)
     if args.quantize_onnx and not (args.convert_onnx or args.enable_ort):
         raise InputError("--quantize_onnx goes with --convert_onnx or with --enable_ort.")

@@ -108,12 +108,22 @@ class OnnxClassifier:
         Args:
             texts: a sentence, or sentences; many are computed in batches of like length and answered in their order.
             batch_size: sentences a batch.
+
+        Raises:
+            ValueError: a batch size below 1, or text that a transformer's tokenizer cannot read (half of a surrogate
+                pair).
         """
-        if isinstance(texts, str):
-            return self._answer(self.probabilities([self.tokenizer(texts)])[0])
-        if not texts:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, and at least 1 is needed.")
+        try:
+            if isinstance(texts, str):
+                return self._answer(self.probabilities([self.tokenizer(texts)])[0])
+            rows = [row for row, _ in self.tokenizer.encode_batch(texts)]
+        except TypeError:  # what tokenizers raises for such text, without saying which
+            _check_text([texts] if isinstance(texts, str) else texts)
+            raise
+        if not rows:
             return []
-        rows = [row for row, _ in self.tokenizer.encode_batch(texts)]
         order = np.argsort([-len(row) for row in rows], kind="stable")
         answers: list[Any] = [None] * len(rows)
         for start in range(0, len(rows), batch_size):
@@ -126,6 +136,14 @@ class OnnxClassifier:
         named = dict(zip(self.labels.names, row.tolist(), strict=True))
         best = self.labels.names[int(row.argmax())]
         return Prediction(best, named[best], named)
+
+
+def _check_text(sentences: list[str]) -> None:
+    for number, sentence in enumerate(sentences, 1):
+        try:
+            sentence.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"sentence {number}: {error}.") from None
 
 
 def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:

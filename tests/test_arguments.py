@@ -185,6 +185,11 @@ def test_contract_defaults() -> None:
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_more_threads_than_a_process_can_have() -> None:
+    assert "100000 is above 1024" in refusal(evaluate.main, "--num_threads=100000")
+    assert "is above" in refusal(evaluate.main, f"--num_examples={1 << 63}")
+
+
 @stages
 @pytest.mark.parametrize(("flag", "says"), [
     ("--confg=x", "unknown argument '--confg' (did you mean '--config'?)"),

@@ -437,6 +437,10 @@ def test_bad_input_is_refused_in_a_sentence(raw: Place, configs: None) -> None:
     Path("results/accuracy.json").write_text("[1]")
     assert "not as benchmark.py wrote it" in refusal(benchmark.main, "table")
     assert Path("results/accuracy.json").read_text() == "[1]"
+    Path("results/accuracy.json").unlink()
+    for content in ('{"figures": [', "[1]", "{}"):
+        Path("results/speed.json").write_text(content)
+        assert "speed.json: not as benchmark.py wrote it" in refusal(benchmark.main, "table")
 
 
 def test_help_loads_neither_torch_nor_sklearn() -> None:

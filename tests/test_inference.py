@@ -116,6 +116,11 @@ def test_raw_text_of_a_transformer_loads_no_torch(tmp_path: Path) -> None:
         assert {"onnxruntime", "tokenizers"} <= modules and modules.isdisjoint(HEAVY)
     said = refusal(evaluate.main, *onnx_flags(case.root, "--enable_ort", f"--bert_output_dir={case.root / 'model'}"))
     assert "not written by train.py" in said
+    classifier = load(case.root / "model.onnx")
+    with pytest.raises(ValueError, match=r"sentence 2: .* surrogates not allowed"):
+        classifier.predict(["play", "half a pair: \ud83d"])
+    with pytest.raises(ValueError, match="sentence 1: "):
+        classifier.predict("\ud83d")
 
 
 # --------------------------------------------------------------------------------------------------------- refused
@@ -191,3 +196,10 @@ def test_load_raises(own: Place) -> None:
     (own.root / "model.onnx").write_bytes(b"no")
     with pytest.raises(InputError):
         load(own.root / "model.onnx")
+
+
+def test_predict_raises(words: Place) -> None:
+    classifier = load(words.root / "model.onnx")
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            classifier.predict(SENTENCES, batch_size=size)
