@@ -30,6 +30,7 @@ CACHE_FORMAT = "word vectors 1"  # another number makes older caches stale
 BLOCK = 1 << 20  # bytes of text parsed at a time; larger blocks leave the processor's cache and gain nothing
 BOM = b"\xef\xbb\xbf"
 NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+Block = tuple[list[str | None], np.ndarray, ValueError | None]  # see _parse_block
 BLANKS = bytes.maketrans(b"\t\r\v\f", b"    ")
 
 
@@ -151,7 +152,10 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[int, int | None, int]:
         count, dimension = (int(field[:18]) for field in header)
         start += len(lines[0]) + 1
         if dimension and len(lines) > 1:  # where the two disagree, better known before memory is set aside
-            _parse_line(path, 2, lines[1], dimension)
+            try:
+                _parse_line(lines[1], dimension)
+            except ValueError as error:
+                raise _bad_line(path, 2, error, dimension) from None
     else:
         # A word may hold blanks, so that only the numbers at the end of a line tell the dimension; a single line may
         # be broken, so that the most frequent one counts.
@@ -176,29 +180,38 @@ def _parse_blocks(path: Path, file: IO[bytes], number: int,
         Size in bytes, words and vectors of a block; see _parse_block.
     """
     workers = min(os.cpu_count() or 1, 8)
-    pending: deque[tuple[int, Future]] = deque()
+    pending: deque[tuple[int, Future[Block]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:
             block = file.read(BLOCK)
             block += file.readline(BLOCK)  # bounded: in a file without line ends there are no vectors either
             if block:
-                pending.append((len(block), pool.submit(_parse_block, path, number, block, dimension)))
-                number += block.count(b"\n")
+                pending.append((len(block), pool.submit(_parse_block, block, dimension)))
             elif not pending:
                 return
-            if not block or len(pending) > workers:
+            if not block or len(pending) > 2 * workers:
                 size, parsed = pending.popleft()
-                yield size, *parsed.result()
+                words, table, error = parsed.result()
+                number += len(words)
+                if error:
+                    raise _bad_line(path, number, error, dimension)
+                yield size, words, table
 
 
-def _parse_block(path: Path, number: int, block: bytes, dimension: int) -> tuple[list[str | None], np.ndarray]:
-    """Parse whole lines, of which the first is line `number` of the file.
+def _bad_line(path: Path, number: int, error: ValueError, dimension: int) -> InputError:
+    return InputError(f"{path}:{number}: {error}, where a word and {dimension} numbers are expected; correct or remove "
+                      "the line, or fetch the file again.")
+
+
+def _parse_block(block: bytes, dimension: int) -> Block:
+    """Parse whole lines.
 
     Lines made of one blank between fields are converted by Arrow, all their numbers at once. The others (a word with
     blanks, tabs beside blanks) go to _parse_line, and so does a whole block in which Arrow finds a fault.
 
     Returns:
-        n words (None for one that is not UTF-8), and their vectors [n, dimension].
+        n words (None for one that is not UTF-8), their vectors [n, dimension], and what is wrong with the line after
+        them, where one is.
     """
     import pyarrow as pa
 
@@ -220,7 +233,9 @@ def _parse_block(path: Path, number: int, block: bytes, dimension: int) -> tuple
     table = np.empty((len(even), dimension), np.float32)
     # The block as it is becomes an array of strings, fields and what stands between them in turn. All that is no
     # number is marked as missing, which Arrow passes over.
-    bounds = np.append(np.int32(0), np.stack([grid, grid + 1], axis=-1).astype(np.int32))
+    bounds = np.zeros(2 * grid.size + 1, np.int32)
+    bounds[1::2] = grid.reshape(-1)
+    np.add(bounds[1::2], 1, out=bounds[2::2])
     present = np.zeros((*grid.shape, 2), bool)
     present[:, 1:, 0] = True
     buffers = (pa.py_buffer(array) for array in (bounds, characters, np.packbits(present, bitorder="little")))
@@ -233,14 +248,19 @@ def _parse_block(path: Path, number: int, block: bytes, dimension: int) -> tuple
     if not sound:
         even[:] = False
         words = []
+    wrong = None
     for row in np.flatnonzero(~even).tolist():
-        word, table[row] = _parse_line(path, number + row, block[starts[row]:stops[row]], dimension)
+        try:
+            word, table[row] = _parse_line(block[starts[row]:stops[row]], dimension)
+        except ValueError as error:
+            words, table, wrong = words[:row], table[:row], error
+            break
         words.insert(row, word)
-    return [_decode(word) for word in words], table
+    return [_decode(word) for word in words], table, wrong
 
 
-def _parse_line(path: Path, number: int, line: bytes, dimension: int) -> tuple[bytes, np.ndarray]:
-    """Parse line `number` of the file: a word, which may hold blanks, and `dimension` numbers."""
+def _parse_line(line: bytes, dimension: int) -> tuple[bytes, np.ndarray]:
+    """Parse a line: a word, which may hold blanks, and `dimension` numbers; ValueError where it is something else."""
     fields = line.split()
     numbers = fields[-dimension:]
     wrong = [field for field in numbers if not NUMBER.fullmatch(field)]
@@ -255,8 +275,7 @@ def _parse_line(path: Path, number: int, line: bytes, dimension: int) -> tuple[b
             vector = np.array([float(field) for field in numbers]).astype(np.float32)
         fault = "" if np.isfinite(vector).all() else "a number beyond single precision's range"
     if fault:
-        raise InputError(f"{path}:{number}: {fault}, where a word and {dimension} numbers are expected; correct or "
-                         "remove the line, or fetch the file again.")
+        raise ValueError(fault)
     return line.rsplit(None, dimension)[0].strip(), vector
 
 
