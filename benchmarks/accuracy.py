@@ -265,9 +265,11 @@ def newest_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows of the newest recipe of each model on each data set, in the table's order."""
     rows = read_rows(path)
     newest = {(row["model"], row["data_set"]): row["recipe"] for row in rows}
-    order = {name: place for place, name in enumerate([*CONFIGS, *BASELINES])}
+    order = [*CONFIGS, *BASELINES, *dict.fromkeys(data_set for data_set, _ in RECIPES)]
+    place = {name: number for number, name in enumerate(order)}
     rows = [row for row in rows if row["recipe"] == newest[row["model"], row["data_set"]]]
-    return sorted(rows, key=lambda row: (order.get(row["model"], len(order)), row["seed"]))
+    return sorted(rows, key=lambda row: (*(place.get(row[key], len(order)) for key in ("model", "data_set")),
+                                         row["seed"]))
 
 
 def digest(text: str) -> str:

@@ -49,7 +49,6 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("snips", "densenet-dsa"): (f"{TRAINABLE} {SNIPS}", [1, 2, 3]),
     ("snips", "minilm-cls"): (f"{MINILM} --epoch=4 --measure=last", [1, 2, 3]),
     ("snips", "minilm-cnn"): (f"{MINILM} --epoch=4 --measure=last", [1, 2, 3]),
-    ("sample", "cnn"): ("", [42]),  # make quickstart
     ("sst2", "gnb"): ("--epoch=3", [1]),
     ("sst2", "cnn"): (f"{TRAINABLE} {SST2}", [1, 2, 3]),
     ("sst2", "densenet-cnn"): (f"{TRAINABLE} {SST2}", [1]),
@@ -70,4 +69,5 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {  # others: no flags, s
     ("sst2", "minilm-3-augmented"): (f"{STUDENT} --augmented --epoch=1", [1]),
     ("sst2", "minilm-3-pruned"): ("--do_prune --model_path={minilm-3-augmented} --target_num_heads=6 "
                                   f"--target_ffn_dim=512 {MINILM} --recover_epoch=2 --measure=last", [1]),
+    ("sample", "cnn"): ("", [42]),  # make quickstart
 }
