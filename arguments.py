@@ -17,6 +17,8 @@ from errors import FlagError, InputError
 from files import open_input
 from text import WORD_TOKENIZERS
 
+DATA_DIR, EMBEDDING_PATH = "data/snips", "embeddings/glove.6B.300d.txt"  # where no flag says otherwise
+
 # --------------------------------------------------------------------------------------------------------- configs
 
 
@@ -318,7 +320,7 @@ def add_config_flag(group: argparse._ArgumentGroup, default: str | None) -> None
     group.add_argument("--config", default=default, help=f"the model's JSON config (default: {said})")
 
 
-def add_data_dir_flag(group: argparse._ArgumentGroup, default: str | None = "data/snips") -> None:
+def add_data_dir_flag(group: argparse._ArgumentGroup, default: str | None = DATA_DIR) -> None:
     """--data_dir."""
     said = default or "where the checkpoint was trained"
     group.add_argument("--data_dir", default=default,

@@ -35,7 +35,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from arguments import Parser, add_bert_flag, add_config_flag, add_data_dir_flag, did_you_mean, natural_int, positive_int
+from arguments import (
+    EMBEDDING_PATH,
+    Parser,
+    add_bert_flag,
+    add_config_flag,
+    add_data_dir_flag,
+    did_you_mean,
+    natural_int,
+    positive_int,
+)
 from benchmarks.accuracy import Plan, measure_accuracy, newest_rows
 from benchmarks.augment import measure_augmentation
 from benchmarks.chain import measure_chain
@@ -58,7 +67,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("verbs", nargs="*", default=list(MEASURES), metavar="VERB",
                         help=f"{', '.join(VERBS)} (default: {' '.join(MEASURES)})")
     files = parser.add_argument_group("files")
-    files.add_argument("--embedding_path", default="embeddings/glove.6B.300d.txt",
+    files.add_argument("--embedding_path", default=EMBEDDING_PATH,
                        help="word vectors, or none (default: %(default)s)")
     files.add_argument("--results", default="results", help="folder of the JSON files (default: %(default)s)")
     files.add_argument("--scratch", default=".bench", help="folder to work in, about 3 GB (default: %(default)s)")

@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from arguments import (
+    EMBEDDING_PATH,
     Parser,
     add_bert_flag,
     add_config_flag,
@@ -68,7 +69,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     files = parser.add_argument_group("files")
     add_config_flag(files, "configs/config-glove-cnn.json")
     add_data_dir_flag(files)
-    files.add_argument("--embedding_path", default="embeddings/glove.6B.300d.txt",
+    files.add_argument("--embedding_path", default=EMBEDDING_PATH,
                        help="word vectors, a word and its numbers a line; none: learn them from the training data "
                             "(default: %(default)s)")
     add_bert_flag(files)

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Sizes, figure, interleave, launch
-from benchmarks.stages import ROOT, SPLITS
+from benchmarks.measure import Sizes, available_data, figure, interleave, launch
+from benchmarks.stages import SPLITS
 
 N_ITER = (5, 20)
 
@@ -20,11 +20,7 @@ N_ITER = (5, 20)
 def measure_augmentation(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The training file of --data_dir, augmented with each n_iter, in processes of its own."""
     sizes: Sizes = args.sizes
-    source = Path(args.data_dir)
-    notes = []
-    if not (source / SPLITS[0]).is_file():
-        notes.append(f"{source.name} is not here: measured on data/sample")
-        source = ROOT / "data/sample"
+    source, notes = available_data(args)
     figures_of: dict[tuple[int, bool], list[dict[str, Any]]] = {}
 
     def run(n_iter: int, parallel: bool) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from arguments import DATA_DIR, EMBEDDING_PATH
 from benchmarks.report import GLOVE_WORDS
 from benchmarks.stages import ROOT, SPLITS
 from errors import InputError
@@ -52,20 +53,24 @@ SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, table
 
 
 def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
-    """The data set and the vectors to measure with, and what stands in the place of what is not here."""
+    """The data set and the vectors to measure with, and what stands in the place of default ones that are not here."""
     source, notes = available_data(args)
     vectors = args.embedding_path
     if vectors != "none" and not Path(vectors).is_file():
+        if vectors != EMBEDDING_PATH:
+            raise InputError(f"{vectors}: no such file.")
         notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
         vectors = "none"
     return source, vectors, notes
 
 
 def available_data(args: argparse.Namespace) -> tuple[Path, list[str]]:
-    """The data set to measure with, and what stands in its place where it is not here."""
+    """The data set to measure with, and what stands in its place where it is the default one and not here."""
     source = Path(args.data_dir)
     if (source / SPLITS[0]).is_file():
         return source, []
+    if args.data_dir != DATA_DIR:
+        raise InputError(f"{source / SPLITS[0]}: no such file.")
     return ROOT / "data/sample", [f"{source.name} is not here: measured on data/sample"]
 
 

@@ -153,10 +153,13 @@ def test_gpu_where_there_is_none() -> None:
     assert "a CUDA device, and there is none" in refusal(benchmark.main, "gpu")
 
 
-def test_speed_without_its_data_set_uses_the_sample(raw: Place) -> None:
-    args = benchmark.get_params(["--data_dir=data/nowhere", "--embedding_path=nothing.txt"])
-    assert measure.available(args) == (ROOT / "data/sample", "none", [
-        "nowhere is not here: measured on data/sample", "nothing.txt is not here: no pretrained vectors"])
+def test_the_sample_stands_in_for_a_default_data_set_alone(raw: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(raw.root)
+    assert measure.available(benchmark.get_params([])) == (ROOT / "data/sample", "none", [
+        "snips is not here: measured on data/sample", "glove.6B.300d.txt is not here: no pretrained vectors"])
+    for verb in ("speed", "augment"):
+        assert "data/nowhere/train.txt: no such file" in refusal(benchmark.main, verb, "--data_dir=data/nowhere")
+    assert "nothing.txt: no such file" in refusal(benchmark.main, "speed", "--embedding_path=nothing.txt")
     args = benchmark.get_params([f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}"])
     assert measure.available(args) == (raw.data, str(raw.vectors), [])
 
