@@ -139,8 +139,6 @@ def load_teacher(args: argparse.Namespace) -> dict[str, Any]:
 
     path, folder = args.teacher_model_path, args.teacher_bert_model_name_or_path
     checkpoint = load_checkpoint(path)
-    if "model" not in checkpoint:
-        raise InputError(f"{path}: the state of a finished run, which holds no model; give that run's --save_path.")
     if args.teacher_config:
         check_same_config(load_config(args.teacher_config), args.teacher_config, checkpoint["config"], path)
     run = saved_fact(folder, RUN_ID) if folder else None  # none: the pretrained model, say, which is not needed

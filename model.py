@@ -463,8 +463,6 @@ def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -
     Raises:
         InputError: the frozen vectors are in none of them.
     """
-    if "model" not in checkpoint:
-        raise InputError("the file is the state of a finished run and holds no model; give that run's --save_path.")
     embedding = EMBEDDINGS[checkpoint["facts"]["kind"]].from_checkpoint(checkpoint, [f for f in folders if f])
     model = build_model(checkpoint["config"], len(checkpoint["labels"]), embedding)
     model.load_state_dict(checkpoint["model"])

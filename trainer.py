@@ -35,7 +35,7 @@ from learning import WeightAverage, balanced_class_weights, cosine_with_warmup, 
 from model import Classifier, parameter_groups
 from quantization import start_quantization
 from transformer import merged_weights
-from util import Curves, load_checkpoint, save_checkpoint
+from util import Curves, load_state, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,11 @@ def find_state(save_path: str, processes: int) -> dict[str, Any] | None:
     path = Path(f"{save_path}.state")
     if not path.exists():
         return None
-    state = load_checkpoint(path)
+    state = load_state(path)
     if "processes" not in state:
         raise InputError(f"{path}: {EARLIER}")
     if state["processes"] != processes and state["progress"]["position"]:
-        state = load_checkpoint(f"{path}.epoch")
+        state = load_state(f"{path}.epoch")
     return state
 
 

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import time
 import uuid
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str], ke
 def peek_identity(path: str | os.PathLike[str]) -> str | None:
     """The identity of the checkpoint at `path`, None where the file is not one of ours."""
     try:
-        return load_checkpoint(path)["identity"]
+        return load_state(path)["identity"]
     except InputError:
         return None
 
@@ -192,12 +193,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running code from it.
 
     Raises:
-        InputError: no such file, or not a whole checkpoint of this toolkit.
+        InputError: no such file, not a whole checkpoint of this toolkit, or one without a model.
     """
+    checkpoint = load_state(path)
+    if "model" not in checkpoint:
+        raise InputError(f"{path}: the state of a finished run, which holds no model; give that run's --save_path.")
+    return checkpoint
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a run's state or a checkpoint likewise. The state of a finished run holds no model."""
     import torch
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train.py writes one to its --save_path.")
+    if not zipfile.is_zipfile(path):  # torch's own message is about options of torch.save
+        raise InputError(f"{path}: not a whole checkpoint of this toolkit (those are zip archives).")
     try:
         # Memory-mapped: an identity can be read without reading the weights.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

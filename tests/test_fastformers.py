@@ -27,7 +27,7 @@ import fastformers
 import preprocess
 import train
 from transformer import load_pretrained, load_tokenizer
-from util import load_checkpoint, save_checkpoint
+from util import load_checkpoint, load_state, save_checkpoint
 
 
 class School:
@@ -145,7 +145,7 @@ def test_learning_from_the_inside_of_a_wider_teacher(school: School, caplog: pyt
         assert part(lines[-1], name) < part(lines[0], name)
     assert "[layers] student, teacher: 1 - 2, 2 - 3" in caplog.messages
     assert not any("projection" in key for key in weights(school.student))
-    state = load_checkpoint(f"{school.student}.state")
+    state = load_state(f"{school.student}.state")
     assert state["progress"]["finished"]
     evaluate.main([f"--model_path={school.student}", "--device=cpu"])
 

@@ -317,7 +317,9 @@ def test_restore_refuses_weights_that_mean_something_else(encoded: Place) -> Non
     said = refusal(train.main, *encoded.train_flags(f"--restore_path={encoded.model}", "--save_path=second.pt"))
     assert "labels differ" in said and not Path("second.pt").exists()
     (encoded.root / "model.pt.state").rename(encoded.root / "other.pt")
-    assert "holds no model" in refusal(evaluate.main, *encoded.evaluate_flags(f"--model_path={encoded.root}/other.pt"))
+    for main, flags in ((evaluate.main, encoded.evaluate_flags(f"--model_path={encoded.root}/other.pt")),
+                        (train.main, encoded.train_flags(f"--restore_path={encoded.root}/other.pt"))):
+        assert "other.pt: the state of a finished run, which holds no model" in refusal(main, *flags)
 
 
 def test_resume_before_the_first_evaluation_ignores_an_older_run(encoded: Place, tmp_path: Path,
