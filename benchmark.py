@@ -53,7 +53,7 @@ from benchmarks.gpu import measure_gpu
 from benchmarks.inference import AIMS, measure_inference
 from benchmarks.measure import SMALL, Sizes, available, figure, interleave, launch, training_rate
 from benchmarks.recipes import CONFIGS, TAUGHT
-from benchmarks.report import accuracy_table, draw_accuracy, draw_inference, figures_table, provenance
+from benchmarks.report import accuracy_table, as_written, draw_accuracy, draw_inference, figures_table, provenance
 from benchmarks.scale import measure_memory, measure_scale
 from benchmarks.stages import encode, run_stage
 from benchmarks.ways import measure_ways
@@ -261,14 +261,10 @@ def show(args: argparse.Namespace, verbs: list[str]) -> None:
             print(accuracy_table(rows))
             draw_accuracy(rows, path.with_suffix(".png"))
         else:
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-                table = figures_table(result)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}: not as benchmark.py wrote it ({error}); remove or restore it.") from None
-            print(table)
-            if name in ("chain", "inference"):
-                draw_inference(result["points"], path.with_suffix(".png"))
+            with as_written(path) as result:
+                print(figures_table(result))
+                if name in ("chain", "inference"):
+                    draw_inference(result["points"], path.with_suffix(".png"))
 
 
 @contextlib.contextmanager

@@ -208,7 +208,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train.py writes one to its --save_path.")
     if not zipfile.is_zipfile(path):  # torch's own message is about options of torch.save
-        raise InputError(f"{path}: not a whole checkpoint of this toolkit (those are zip archives).")
+        raise InputError(f"{path}: not a whole checkpoint of this toolkit (no zip archive, or a truncated one).")
     try:
         # Memory-mapped: an identity can be read without reading the weights.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from arguments import encoded_kind, load_config
 from benchmarks.recipes import BY_ONE, CONFIGS, ENCODING, RECIPES, TAUGHT, TEACHER, TEACHING, Teaching
-from benchmarks.report import provenance
-from benchmarks.stages import ROOT, SPLITS, copy_splits, encode, run_stage
+from benchmarks.report import as_written, provenance
+from benchmarks.stages import ROOT, SPLITS, copy_splits, encode, is_trained, run_stage
 from errors import InputError
 from files import sha256
 from text import Lines
@@ -181,7 +181,7 @@ def kept_model(checkpoints: Path | None, data_set: str, model: str, seed: int = 
     """The model of a seed (0: of the first one) that stands in --checkpoints."""
     seed = seed or RECIPES.get((data_set, model), ("", [1]))[1][0]
     path = run_folder(checkpoints or Path(), data_set, model, seed) / "model.pt"
-    if not checkpoints or not Path(f"{path}.train.json").exists():  # which a finished run leaves
+    if not checkpoints or not is_trained(path):
         raise InputError(f"{model} on {data_set}, seed {seed}, is needed and not in --checkpoints; run benchmark.py "
                          f"accuracy --data_sets {data_set} --models {model} --seeds {seed} --checkpoints=FOLDER first, "
                          "and name its folder.")
@@ -246,10 +246,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows, the newest last."""
     if not path.exists():
         return []
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not as benchmark.py wrote it ({error}); remove or restore it.") from None
+    with as_written(path) as result:
+        return result["rows"]
 
 
 def write_row(path: Path, row: dict[str, Any]) -> None:
@@ -318,8 +316,8 @@ def go_on(folder: Path, key: dict[str, Any], force: bool) -> bool:
 
     path, mine = folder / "key.json", {name: key[name] for name in ("recipe", "code")}
     begun = folder.exists() and any(folder.iterdir())
-    finished = (folder / "model.pt.train.json").exists()
-    if begun and (not path.exists() or json.loads(path.read_text()) != mine or (force and finished)):
+    again = force and is_trained(folder / "model.pt")
+    if begun and (not path.exists() or json.loads(path.read_text()) != mine or again):
         aside = next(place for number in itertools.count(1)
                      if not (place := folder.with_name(f"{folder.name}.before-{number}")).exists())
         folder.rename(aside)

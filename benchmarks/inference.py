@@ -21,7 +21,7 @@ from arguments import encoded_kind, load_config
 from benchmarks.accuracy import encoding_flags
 from benchmarks.measure import Sizes, figure, interleave
 from benchmarks.recipes import CONFIGS, RECIPES
-from benchmarks.stages import ROOT, SPLITS, encode, run_stage
+from benchmarks.stages import ROOT, SPLITS, encode, is_trained, run_stage
 from errors import InputError
 from inference import BUSY_WAIT
 from text import Lines
@@ -129,7 +129,7 @@ class Case:
                                   self.args.bert_model_name_or_path)
         encode(self.source, self.data, config, *encoding)
         common = (f"--config={config}", f"--data_dir={self.data}")
-        if Path(f"{self.model}.train.json").exists():  # which a finished training leaves
+        if is_trained(self.model):
             logger.info("[%s: trained before, %s]", self.name, self.model)
         else:
             self.train(self.model, "--epoch=2")

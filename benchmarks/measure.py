@@ -56,9 +56,7 @@ def available(args: argparse.Namespace) -> tuple[Path, str, list[str]]:
     """The data set and the vectors to measure with, and what stands in the place of default ones that are not here."""
     source, notes = available_data(args)
     vectors = args.embedding_path
-    if vectors != "none" and not Path(vectors).is_file():
-        if vectors != EMBEDDING_PATH:
-            raise InputError(f"{vectors}: no such file.")
+    if vectors == EMBEDDING_PATH and not Path(vectors).is_file():
         notes.append(f"{Path(vectors).name} is not here: no pretrained vectors")
         vectors = "none"
     return source, vectors, notes

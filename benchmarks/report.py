@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from errors import InputError
 from files import atomic_write
 
 GLOVE_WORDS = 400_000  # in GloVe 6B
@@ -26,6 +30,19 @@ def provenance(command: str) -> dict[str, Any]:
     return {"git_revision": git_revision(), "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
             "versions": versions(), "cores": cores, "instructions": quick,
             **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})}
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[Any]:
+    """The content of a results file; what the block does not find in it is the file's fault.
+
+    Raises:
+        InputError: no JSON, or not that of benchmark.py.
+    """
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not as benchmark.py wrote it ({error}); remove or restore it.") from None
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -20,6 +20,11 @@ def run_stage(script: str, *flags: str) -> None:
         raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
 
 
+def is_trained(model: Path) -> bool:
+    """Whether a training that writes to `model` has come to its end, not merely to its first checkpoint."""
+    return Path(f"{model}.train.json").exists()
+
+
 def copy_splits(source: Path, folder: Path) -> None:
     """Copy a data set's raw text into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

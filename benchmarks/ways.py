@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.inference import Case
 from benchmarks.measure import figure, interleave
-from benchmarks.stages import run_stage
+from benchmarks.stages import is_trained, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def train_each_way(case: Case) -> dict[str, Path]:
     models = {}
     for way in ("qat", "diffq"):
         models[way] = case.model.with_name(f"{case.name}-{way}.pt")
-        if not Path(f"{models[way]}.train.json").exists():
+        if not is_trained(models[way]):
             case.train(models[way], "--rdrop=0", "--epoch=1", f"--enable_{way}", f"--restore_path={case.model}")
     return models
 

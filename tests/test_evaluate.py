@@ -219,7 +219,7 @@ def truncated_data(place: Place) -> None:
 @pytest.mark.parametrize(("damage", "says"), [
     (truncated_model, "model.pt: not a whole checkpoint"), (malicious_model, "model.pt: not a whole checkpoint"),
     (lambda place: place.model.unlink(), "model.pt: no such checkpoint"),
-    (lambda place: place.model.write_text("something else"), "model.pt: not a whole checkpoint of this toolkit (those"),
+    (lambda place: place.model.write_text("something else"), "model.pt: not a whole checkpoint of this toolkit (no"),
     (stale_data, "test.txt has changed"),
     (truncated_data, "test.txt.ids: not a usable file"),
     (lambda place: (place.data / "test.txt.ids").unlink(), "test.txt.ids: no such file"),
