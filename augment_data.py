@@ -31,13 +31,13 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from arguments import Parser, natural_int, number, positive_int
-from errors import InputError, fail_cleanly
-from files import atomic_write, sha256
-from labelling import find_record, write_record
-from tagging import ANALYZERS, default_analyzer, make_analyzer
-from text import MASK, Example, Lines, chunks, progress
-from workers import spread
+from cli.flags import Parser, natural_int, number, positive_int
+from sentence_classifier.errors import InputError, fail_cleanly
+from text.labels import find_record, write_record
+from text.lines import MASK, Example, Lines, chunks, progress
+from text.tagging import ANALYZERS, default_analyzer, make_analyzer
+from text.workers import spread
+from util import atomic_write, sha256
 
 logger = logging.getLogger(__name__)
 

@@ -35,16 +35,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from arguments import (
-    EMBEDDING_PATH,
-    Parser,
-    add_bert_flag,
-    add_config_flag,
-    add_data_dir_flag,
-    did_you_mean,
-    natural_int,
-    positive_int,
-)
 from benchmarks.accuracy import Plan, measure_accuracy, newest_rows
 from benchmarks.augment import measure_augmentation
 from benchmarks.chain import measure_chain
@@ -58,7 +48,17 @@ from benchmarks.scale import measure_memory, measure_scale
 from benchmarks.stages import encode, run_stage
 from benchmarks.ways import measure_ways
 from benchmarks.zero import measure_zero
-from errors import InputError, fail_cleanly
+from cli.flags import (
+    EMBEDDING_PATH,
+    Parser,
+    add_bert_flag,
+    add_config_flag,
+    add_data_dir_flag,
+    did_you_mean,
+    natural_int,
+    positive_int,
+)
+from sentence_classifier.errors import InputError, fail_cleanly
 
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
@@ -222,7 +222,7 @@ def reading_seconds(path: str, by_numpy: bool) -> float:
     """Read a vector file and return the seconds that it took."""
     import numpy as np
 
-    from vectors import read_vectors
+    from text.vectors import read_vectors
 
     start = time.perf_counter()
     if by_numpy:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from arrays import ENCODED_FORMAT, fingerprint, open_arrays
-from errors import InputError
-from files import sha256
-from text import Labels
+from sentence_classifier.errors import InputError
+from text.arrays import ENCODED_FORMAT, fingerprint, open_arrays
+from text.lines import Labels
+from util import sha256
 
 
 @dataclass

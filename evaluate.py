@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from arguments import (
+from cli.flags import (
     Parser,
     add_config_flag,
     add_data_dir_flag,
@@ -43,10 +43,10 @@ from arguments import (
     positive_int,
     thread_count,
 )
-from errors import InputError, fail_cleanly
-from files import atomic_write
-from labelling import label_parser, label_text
-from text import Labels, Lines, text_encoder
+from sentence_classifier.errors import InputError, fail_cleanly
+from text.labels import label_parser, label_text
+from text.lines import Labels, Lines, text_encoder
+from util import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
     device = choose_device("cpu" if args.convert_onnx else args.device)
     model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
     if way:
-        from quantization import quantize
+        from compression.quantization import quantize
 
         model = quantize(model, way, checkpoint, args.batch_size)
     tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
@@ -193,7 +193,7 @@ def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
 
 def load_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, dict[str, Any]]:
     """The model of ONNX_PATH or QUANTIZED_ONNX_PATH, checked likewise, and what it says of itself."""
-    from inference import load
+    from sentence_classifier.classifier import load
 
     classifier = load(model_file(args), args.num_threads)
     check_same_model(model_file(args), config, classifier.record, args)
@@ -380,7 +380,7 @@ def time_figures(seconds: list[float], batch_size: int) -> dict[str, float]:
 
 def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> None:
     """Write ONNX_PATH and, with --quantize_onnx, QUANTIZED_ONNX_PATH."""
-    from export import convert
+    from compression.onnx_export import convert
 
     predictor, checkpoint = load_torch(args, config)
     folder = Path(args.data_dir or checkpoint["flags"]["data_dir"])

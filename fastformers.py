@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments import (
+from cli.flags import (
     Parser,
     check_same_config,
     load_config,
@@ -33,9 +33,18 @@ from arguments import (
     one_of,
     positive_int,
 )
-from errors import InputError, fail_cleanly
-from files import atomic_write, open_input, sha256
-from training import Run, add_training_flags, begin, check_training_flags, finish, load_data, new_model, publish
+from cli.training_flags import (
+    Run,
+    add_training_flags,
+    begin,
+    check_training_flags,
+    finish,
+    load_data,
+    new_model,
+    publish,
+)
+from sentence_classifier.errors import InputError, fail_cleanly
+from util import atomic_write, open_input, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +164,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     others = {name: read_curve(name) for name in args.compare_with}
     checkpoint = load_teacher(args)
 
-    from distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
+    from training.distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
 
     make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else new_model
     run = begin(args, config, make_model)
@@ -178,7 +187,7 @@ def learn_pseudo_labels(run: Run, teacher: Any) -> list[dict[str, float]]:
     Returns:
         The history of it.
     """
-    from pseudo_labels import MetaTrainer
+    from training.meta_pseudo_labels import MetaTrainer
     from util import load_checkpoint
 
     if run.accelerator.scaler:
@@ -239,12 +248,12 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
 
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
-    import pruning
+    from compression import pruning
     from dataset import check_same_data
-    from learning import evaluate
     from model import load_classifier
-    from trainer import Trainer
-    from transformer import check_output_folder, merged_weights
+    from pretrained.loading import check_output_folder, merged_weights
+    from training.losses import evaluate
+    from training.trainer import Trainer
     from util import choose_device, load_checkpoint, save_checkpoint, write_json
 
     checkpoint = load_checkpoint(args.model_path)
@@ -314,7 +323,7 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: dict[str, Any]) -> st
     Raises:
         InputError: it is not there, or another one.
     """
-    from transformer import load_tokenizer, tokenizer_text
+    from pretrained.loading import load_tokenizer, tokenizer_text
     from util import RUN_ID, saved_fact
 
     paired = saved_fact(args.bert_output_dir, RUN_ID) == checkpoint["run_id"]

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import EncodedData, load_table
-from errors import InputError
-from layers import layers_above
-from transformer import TransformerEmbedding
+from pretrained.layout import layers_above
+from pretrained.loading import TransformerEmbedding
+from sentence_classifier.errors import InputError
 
 # ---------------------------------------------------------------------------------------------------------- layers
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from arguments import (
+from cli.flags import (
     EMBEDDING_PATH,
     Parser,
     add_bert_flag,
@@ -39,12 +39,10 @@ from arguments import (
     number,
     positive_int,
 )
-from arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
-from corpus import RECORD, Repeats, SplitReport, record
-from errors import InputError, fail_cleanly
-from files import atomic_write, sha256, sweep
-from labelling import label_parser
-from text import (
+from sentence_classifier.errors import InputError, fail_cleanly
+from text.arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
+from text.labels import label_parser
+from text.lines import (
     VOCABULARY_FILES,
     LabelParser,
     Labels,
@@ -56,7 +54,9 @@ from text import (
     text_encoder,
     word_tokenizer,
 )
-from workers import Workers
+from text.report import RECORD, Repeats, SplitReport, record
+from text.workers import Workers
+from util import atomic_write, sha256, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -423,7 +423,7 @@ def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], counts: Co
 
 def make_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """For the transformer path: the tokenizer of --bert_model_name_or_path as text, and the facts of it."""
-    import transformer
+    from pretrained import loading as transformer
 
     path = args.bert_model_name_or_path
     tokenizer = transformer.load_tokenizer(path)
@@ -447,7 +447,7 @@ def load_vectors(path: str) -> Any:
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file; fetch GloVe with python etc/download_embeddings.py, name another file "
                          "with --embedding_path, or learn the vectors from the training data: --embedding_path none.")
-    from vectors import read_vectors
+    from text.vectors import read_vectors
 
     return read_vectors(path)
 

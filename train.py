@@ -23,9 +23,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from arguments import Parser, natural_int, positive_int
-from errors import fail_cleanly
-from training import add_training_flags, begin, check_training_flags, finish, load_data
+from cli.flags import Parser, natural_int, positive_int
+from cli.training_flags import add_training_flags, begin, check_training_flags, finish, load_data
+from sentence_classifier.errors import fail_cleanly
 
 
 def make_parser() -> Parser:
@@ -63,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
 
-    from distributed import end_processes
+    from training.distributed import end_processes
     from util import setup_logging
 
     setup_logging(args.log_path)
     if args.hp_search_optuna:
-        from search import search
+        from training.search import search
 
         parser = make_parser()
         parser.parse_with_config([f"--config={args.config}"])  # the config's settings as defaults
@@ -87,8 +87,8 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
             see Trainer.history; an exception of it ends the training.
     """
-    from distributed import ending_together
-    from trainer import Trainer
+    from training.distributed import ending_together
+    from training.trainer import Trainer
 
     begun = begin(args, config)
     with ending_together(begun.accelerator, f"--resume goes on from {args.save_path}.state."):

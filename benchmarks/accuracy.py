@@ -30,22 +30,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from arguments import encoded_kind, load_config
 from benchmarks.recipes import BY_ONE, CONFIGS, ENCODING, RECIPES, TAUGHT, TEACHER, TEACHING, Teaching
 from benchmarks.report import as_written, provenance
 from benchmarks.stages import ROOT, SPLITS, copy_splits, encode, is_trained, run_stage
-from errors import InputError
-from files import sha256
-from text import Lines
+from cli.flags import encoded_kind, load_config
+from sentence_classifier.errors import InputError
+from text.lines import Lines
+from util import sha256
 
 logger = logging.getLogger(__name__)
 
 # What a row depends on; another version of it makes the row stale.
-DECISIVE = ("preprocess.py", "train.py", "training.py", "fast_training.py", "trainer.py", "learning.py", "model.py",
-            "dataset.py", "text.py", "vectors.py", "transformer.py", "layers.py")
-DECISIVE_FOR_TEXT = ("augment_data.py", "tagging.py", "labelling.py")
-DECISIVE_FOR_STUDENTS = (*DECISIVE, *DECISIVE_FOR_TEXT, "fastformers.py", "distillation.py", "pseudo_labels.py",
-                         "pruning.py")
+DECISIVE = ("preprocess.py", "train.py", "cli/training_flags.py", "training/speedups.py", "training/trainer.py",
+            "training/losses.py", "model.py", "dataset.py", "text/lines.py", "text/vectors.py", "pretrained/loading.py",
+            "pretrained/layout.py")
+DECISIVE_FOR_TEXT = ("augment_data.py", "text/tagging.py", "text/labels.py")
+DECISIVE_FOR_STUDENTS = (*DECISIVE, *DECISIVE_FOR_TEXT, "fastformers.py", "training/distillation.py",
+                         "training/meta_pseudo_labels.py", "compression/pruning.py")
 
 
 # --------------------------------------------------------------------------------------------------------- accuracy

@@ -10,7 +10,7 @@ from benchmarks.accuracy import kept_model
 from benchmarks.inference import Answer, Case, summarize, time_answers
 from benchmarks.measure import figure
 from benchmarks.recipes import TAUGHT, TEACHER, TEACHING
-from errors import InputError
+from sentence_classifier.errors import InputError
 
 FORMS = ("PyTorch", "ONNX", "ONNX int8")
 AIMS = {"minilm-3-pruned": ("minilm-3-augmented", ">= 1.5")}  # how many times as fast in ONNX as which other

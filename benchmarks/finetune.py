@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.measure import Sizes, available_data, figure, interleave, launch, training_rate
 from benchmarks.stages import ROOT, SPLITS, encode
-from errors import InputError
-from text import Lines
+from sentence_classifier.errors import InputError
+from text.lines import Lines
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64
@@ -80,7 +80,7 @@ def our_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Pat
              profiler: Any = None) -> float:
     """Sentences a second as train.py trains."""
     from dataset import EncodedData
-    from fast_training import quicken
+    from training.speedups import quicken
     from util import choose_device, keep_freed_memory
 
     keep_freed_memory()
@@ -101,7 +101,7 @@ def plain_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: P
 def new_classifier(name: str, config: dict[str, Any], path: Path) -> Any:
     """An untrained classifier of the encoded data at `path` on a pretrained transformer."""
     from dataset import EncodedData
-    from transformer import load_pretrained
+    from pretrained.loading import load_pretrained
 
     return make_classifier(load_pretrained(name), config, EncodedData(path))
 
@@ -180,7 +180,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], li
 def make_classifier(transformer: Any, config: dict[str, Any], data: Any) -> Any:
     """An untrained classifier of encoded data on a transformer."""
     from model import build_model
-    from transformer import TransformerEmbedding, classification_token
+    from pretrained.loading import TransformerEmbedding, classification_token
 
     classify_by = classification_token(transformer, data.facts["leading_special"])
     return build_model(config, len(data.labels), TransformerEmbedding(transformer, classify_by))

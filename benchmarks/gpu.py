@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.finetune import BATCH_SIZE, CONFIG, make_classifier, prepare
 from benchmarks.measure import Sizes, figure, training_rate
 from benchmarks.stages import SPLITS, run_stage
-from errors import InputError
+from sentence_classifier.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from transformers import BertConfig, BertModel
 
     from dataset import EncodedData
-    from transformer import load_pretrained
+    from pretrained.loading import load_pretrained
 
     if not torch.cuda.is_available():
         raise InputError("benchmark.py gpu measures a CUDA device, and there is none.")

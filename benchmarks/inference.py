@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from arguments import encoded_kind, load_config
 from benchmarks.accuracy import encoding_flags
 from benchmarks.measure import Sizes, figure, interleave
 from benchmarks.recipes import CONFIGS, RECIPES
 from benchmarks.stages import ROOT, SPLITS, encode, is_trained, run_stage
-from errors import InputError
-from inference import BUSY_WAIT
-from text import Lines
+from cli.flags import encoded_kind, load_config
+from sentence_classifier.classifier import BUSY_WAIT
+from sentence_classifier.errors import InputError
+from text.lines import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -151,11 +151,11 @@ class Case:
         """A function from a sentence to its class id for each form."""
         import torch
 
+        from compression.quantization import quantize
         from dataset import pad
-        from inference import load
         from model import load_classifier
-        from quantization import quantize
-        from text import text_encoder
+        from sentence_classifier.classifier import load
+        from text.lines import text_encoder
         from util import load_checkpoint
 
         torch.set_num_threads(self.args.num_threads)
@@ -193,7 +193,7 @@ class Case:
 
     def batches(self, rounds: int) -> dict[str, float]:
         """Sentences a second in batches of 64 of like length, beside one at a time and beside OpenVINO's."""
-        from inference import load
+        from sentence_classifier.classifier import load
 
         exact, int8 = load(self.onnx, self.args.num_threads), load(self.int8, self.args.num_threads)
 
@@ -279,7 +279,7 @@ def openvino_batches(path: Path, tokenizer: Any, num_threads: int) -> Callable[[
     except ImportError:
         logger.warning("[OpenVINO is not installed: pip install openvino==2026.4.1 to measure it, too]")
         return None
-    from inference import pad
+    from sentence_classifier.classifier import pad
 
     core = openvino.Core()
     compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": num_threads,

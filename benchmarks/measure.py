@@ -17,10 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from arguments import DATA_DIR, EMBEDDING_PATH
 from benchmarks.report import GLOVE_WORDS
 from benchmarks.stages import ROOT, SPLITS
-from errors import InputError
+from cli.flags import DATA_DIR, EMBEDDING_PATH
+from sentence_classifier.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
     from accelerate.state import AcceleratorState
 
     from dataset import Batch, EncodedData
-    from trainer import Trainer
+    from training.trainer import Trainer
     from util import choose_device, set_seed
 
     class PaddedData(EncodedData):

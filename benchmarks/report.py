@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from errors import InputError
-from files import atomic_write
+from sentence_classifier.errors import InputError
+from util import atomic_write
 
 GLOVE_WORDS = 400_000  # in GloVe 6B
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from errors import InputError
+from sentence_classifier.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("train.txt", "valid.txt", "test.txt")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import Sizes, figure
 from benchmarks.stages import ROOT
-from errors import InputError
+from sentence_classifier.errors import InputError
 
 PROCESSES, STEPS = 2, 2
 STAGES = (0, 1, 2, 3)
@@ -56,9 +56,9 @@ def work(stage: int, layers: int) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from distributed import make_accelerator, prepare
     from model import build_model, parameter_groups
-    from transformer import TransformerEmbedding
+    from pretrained.loading import TransformerEmbedding
+    from training.distributed import make_accelerator, prepare
 
     flags = argparse.Namespace(zero_stage=stage, offload_optimizer=None, batch_size=1, gradient_accumulation_steps=1,
                                max_grad_norm=1.0, compile=False, enable_qat=False, enable_qat_fx=False,

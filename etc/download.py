@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
-from errors import InputError
-from files import atomic_write, sha256, sync_folder
+from sentence_classifier.errors import InputError
+from util import atomic_write, sha256, sync_folder
 
 ATTEMPTS = 4
 TIMEOUT = 30.0  # seconds without a byte

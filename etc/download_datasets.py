@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is impor
 
 from download import fetch, optional, say
 
-from arguments import Parser
-from errors import InputError, fail_cleanly
+from cli.flags import Parser
+from sentence_classifier.errors import InputError, fail_cleanly
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_URL = "https://raw.githubusercontent.com/dsindex/iclassifier/HEAD/data/{name}/{file}"

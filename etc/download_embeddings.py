@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is impor
 
 from download import CHUNK, fetch, say, split_url
 
-from arguments import Parser
-from errors import InputError, fail_cleanly
-from files import atomic_write
+from cli.flags import Parser
+from sentence_classifier.errors import InputError, fail_cleanly
+from util import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 URL = "https://nlp.stanford.edu/data/glove.6B.zip"

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is impor
 
 from download import locked, optional, say
 
-from arguments import Parser
-from errors import InputError, fail_cleanly
-from files import sync_folder
+from cli.flags import Parser
+from sentence_classifier.errors import InputError, fail_cleanly
+from util import sync_folder
 
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 

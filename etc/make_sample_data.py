@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
 
-from arguments import Parser
-from errors import InputError, fail_cleanly
-from files import atomic_write
+from cli.flags import Parser
+from sentence_classifier.errors import InputError, fail_cleanly
+from util import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is impor
 
 from download import say
 
-from arguments import Parser, natural_int
-from errors import InputError, fail_cleanly
-from files import atomic_write
-from text import Lines
+from cli.flags import Parser, natural_int
+from sentence_classifier.errors import InputError, fail_cleanly
+from text.lines import Lines
+from util import atomic_write
 
 
 def split(lines: list[str], seed: int) -> dict[str, list[str]]:

@@ -171,3 +171,21 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def naive(content: bytes, labelled: bool = True) -> list[tuple[int, str, str] | int]:
+    """Each line as (line, sentence, label), or its number where it is bad. Written to be obvious, not fast."""
+    pieces = content.split(b"\n")
+    if pieces[-1] == b"":
+        pieces.pop()
+    found: list[tuple[int, str, str] | int] = []
+    for number, piece in enumerate(pieces, 1):
+        try:
+            text = piece.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            found.append(number)
+            continue
+        fields = text.split("\t")
+        good = len(fields) == (2 if labelled else 1) and "\0" not in text and all(field.strip() for field in fields)
+        found.append((number, fields[0].strip(), fields[1].strip() if labelled else "") if good else number)
+    return found

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import augment_data
-import tagging
 from augment_data import Augmenter, Lexicon, make_lexicon
-from errors import InputError
-from labelling import find_record, write_record
+from sentence_classifier.errors import InputError
+from text import tagging
+from text.labels import find_record, write_record
 
 MASK = "[MASK]"
 

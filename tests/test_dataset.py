@@ -13,9 +13,9 @@ from helpers import write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arrays import ArrayWriter, fingerprint
 from dataset import BucketSampler, EncodedData, load_table, make_loader, pad, share
-from errors import InputError
+from sentence_classifier.errors import InputError
+from text.arrays import ArrayWriter, fingerprint
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=300).map(np.array)
 

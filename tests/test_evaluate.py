@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Place
-from helpers import ENCODERS, answer, make_lines, refusal, restore, script, snapshot, write_config, write_lines
+from helpers import ENCODERS, answer, make_lines, naive, refusal, restore, script, snapshot, write_config, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_text import naive
 from test_util import malicious_zip
 
 import evaluate
 import preprocess
 import train
-from text import Labels
+from text.lines import Labels
 
 LINES = make_lines(21, 2)  # test.txt
 

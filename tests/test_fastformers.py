@@ -26,7 +26,7 @@ import evaluate
 import fastformers
 import preprocess
 import train
-from transformer import load_pretrained, load_tokenizer
+from pretrained.loading import load_pretrained, load_tokenizer
 from util import load_checkpoint, load_state, save_checkpoint
 
 
@@ -156,7 +156,7 @@ def test_a_resumed_student_is_the_same(school: School, tmp_path: Path, monkeypat
     alone, rich = School(tmp_path / "alone"), ("--eval_and_save_steps=2", "--kd_temperature=2", *INSIDE)
     fastformers.main(alone.distill_flags(*rich, model="small"))
 
-    from trainer import Trainer
+    from training.trainer import Trainer
 
     save, saves = Trainer.save_state, []
 

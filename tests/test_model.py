@@ -31,7 +31,7 @@ from model import (
     parameter_groups,
     word_dropout_probabilities,
 )
-from transformer import TransformerEmbedding, load_pretrained
+from pretrained.loading import TransformerEmbedding, load_pretrained
 
 WORDS, OWN, CLASSES = 30, 12, 4
 

@@ -24,6 +24,7 @@ from helpers import (
     answer,
     make_config,
     make_lines,
+    naive,
     refusal,
     restore,
     script,
@@ -33,14 +34,13 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_text import naive
 
 import preprocess
-import text
 from dataset import EncodedData
 from preprocess import build_vocabulary
-from text import Labels, WordTokenizer, looks_like_logits
-from workers import Workers
+from text import lines as text
+from text.lines import Labels, WordTokenizer, looks_like_logits
+from text.workers import Workers
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
 MADE = {"train.txt.ids", "valid.txt.ids", "test.txt.ids", "vocab.txt", "label.txt", "embedding.npy"}

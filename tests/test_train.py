@@ -37,9 +37,9 @@ from test_util import malicious_zip
 import evaluate
 import preprocess
 import train
-import trainer
 from dataset import EncodedData
-from text import Labels
+from text.lines import Labels
+from training import trainer
 from util import load_checkpoint
 
 # Everything that could make a resumed run stray: all kinds of dropout, averaging, accumulation with an incomplete

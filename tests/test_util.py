@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT
 
 import util
-from errors import InputError
+from sentence_classifier.errors import InputError
 from util import choose_device, choose_precision, load_checkpoint, peek_identity, save_checkpoint, versions
 
 

@@ -1,0 +1,149 @@
+"""Structured pruning: attention heads and feed-forward units that matter least are removed from a transformer.
+
+After FastFormers (Kim and Hassan 2020, arXiv 2010.13382), which takes the importance of a head from Michel et al. 2019
+(arXiv 1905.10650). With L(x) the loss of an example x and m a mask of ones, by which each head's context and each unit
+is multiplied,
+
+    I_m = sum over x of |dL(x) / dm|,  and  dL(x) / dm = sum over positions and elements of h * dL(x) / dh,
+
+where h is what m multiplies: the head's context, an input of the attention's output projection, or the unit after its
+activation, an input of the second feed-forward projection. Both are read off these inputs, whatever computes the
+attention. The absolute value is that of each example, as in the paper of 2019, so that the batches do not matter;
+pad positions have no gradient and add nothing.
+
+What remains is as wide in each layer. So the order within a layer decides, which --dont_normalize_importance_by_layer
+leaves as it is: it changes the figures that are reported and drawn, by which layers can be compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from dataset import BucketSampler, EncodedData, make_loader
+from model import Classifier
+from pretrained.layout import NUM_HEADS, layer_parts, num_heads
+from sentence_classifier.errors import InputError
+from util import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+class Importance(NamedTuple):
+    """How much each head and each feed-forward unit matters."""
+
+    heads: Tensor  # [layers, heads]
+    units: Tensor  # [layers, units]
+
+    def normalized(self) -> Importance:
+        """Divided by each layer's L2 norm."""
+        return Importance(*(F.normalize(scores, dim=1) for scores in self))
+
+
+def ffn_key(config: Any) -> str:
+    """What a transformer's config calls the number of feed-forward units."""
+    return "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"
+
+
+def check_targets(transformer: Any, heads: int, units: int) -> None:
+    """Refuse to prune to more than there is, and models of other kinds."""
+    parts = layer_parts(transformer)[0]
+    for flag, target, most, what in (
+        ("target_num_heads", heads, num_heads(transformer.config), "attention heads"),
+        ("target_ffn_dim", units, parts.inner.out_features, "feed-forward units"),
+    ):
+        if target > most:
+            raise InputError(f"--{flag}={target}: the model has {most} {what} in each layer; give {most} or fewer.")
+
+
+def measure_importance(model: Classifier, data: EncodedData, batch_size: int, device: torch.device) -> Importance:
+    """The importance of each head and unit on labelled data; see above.
+
+    Args:
+        model: on the device; left in evaluation mode.
+    """
+    model.eval()
+    transformer: Any = model.embedding.transformer
+    parts, heads = layer_parts(transformer), num_heads(transformer.config)
+    projections = [linear for part in parts for linear in (part.output, part.outer)]
+    inputs: list[Tensor] = []
+    hooks = [linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for linear in projections]
+    sums = [torch.zeros(heads if place % 2 == 0 else linear.in_features, dtype=torch.float64)
+            for place, linear in enumerate(projections)]
+    sampler = BucketSampler(data.lengths, batch_size, shuffle=False)
+    try:
+        for batch in tqdm(make_loader(data, sampler), total=len(sampler), desc="importance", unit="batch",
+                          disable=None):
+            batch = batch.to(device)
+            assert batch.targets is not None  # encoded data have them
+            targets = batch.targets.softmax(-1) if data.has_logits else batch.targets
+            inputs.clear()
+            loss = F.cross_entropy(model(batch.input_ids, batch.attention_mask), targets, reduction="sum")
+            gradients = torch.autograd.grad(loss, inputs)
+            for total, x, gradient in zip(sums, inputs, gradients, strict=True):
+                # x [B, T, heads * head size] or [B, T, units] -> [B, heads] or [B, units]
+                each = (x.detach() * gradient).sum(1).view(len(batch), len(total), -1).sum(-1)
+                total += each.abs().sum(0).cpu().double()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Importance(torch.stack(sums[::2]).float(), torch.stack(sums[1::2]).float())
+
+
+def prune(transformer: Any, importance: Importance, heads: int, units: int) -> None:
+    """Remove all but the most important heads and feed-forward units of each layer; the others keep their order.
+
+    The config says so: NUM_HEADS and the architecture's own key for the feed-forward part.
+
+    Raises:
+        InputError: the model has fewer, or is of another kind.
+    """
+    check_targets(transformer, heads, units)
+    config = transformer.config
+    for layer, parts in enumerate(layer_parts(transformer)):
+        size = parts.query.out_features // num_heads(config)
+        parts.keep_heads(_best(importance.heads[layer], heads).to(parts.query.weight.device), size)
+        parts.keep_units(_best(importance.units[layer], units).to(parts.inner.weight.device))
+    if heads < config.num_attention_heads:
+        setattr(config, NUM_HEADS, heads)
+    setattr(config, ffn_key(config), units)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The places of the highest scores, in ascending order; of equal scores the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def draw_importance(importance: Importance, heads: int, units: int, path: str) -> None:
+    """Draw the importance of heads, those removed crossed out, and of units in ascending order, by layer.
+
+    Args:
+        heads, units: how many remain in each layer.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layers, count = importance.heads.shape
+    figure, (left, right) = plt.subplots(1, 2, figsize=(5 + 0.45 * count, 2.6 + 0.4 * layers), layout="constrained")
+    image = left.imshow(importance.heads, cmap="Blues", vmin=0, aspect="auto")
+    left.set(title="attention heads (x: removed)", xlabel="head", ylabel="layer", xticks=range(count),
+             yticks=range(layers))
+    for layer, scores in enumerate(importance.heads):
+        for head in sorted({*range(count)} - {*_best(scores, heads).tolist()}):
+            left.text(head, layer, "x", ha="center", va="center", color="tab:red")
+    figure.colorbar(image, ax=left, label="importance")
+    for layer, scores in enumerate(importance.units.sort(dim=1).values):
+        right.plot(scores, color=plt.get_cmap("viridis")(layer / max(1, layers - 1)), label=f"layer {layer}")
+    right.axvline(importance.units.shape[1] - units, color="tab:red", linestyle="--", label="removed to the left")
+    right.set(title="feed-forward units", xlabel="unit, least important first", ylabel="importance", yscale="log")
+    right.legend(fontsize="small")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)

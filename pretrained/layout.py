@@ -1,0 +1,136 @@
+"""Where a pretrained transformer's layers, heads and feed-forward units are.
+
+As in transformer.py, nothing goes by a model's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sentence_classifier.errors import InputError
+
+# In a pruned transformer's config.json: the heads of each layer. Its num_attention_heads stays what it was, since
+# transformers' models take the size of a head from it; the width of the feed-forward part has a key of their own.
+NUM_HEADS = "classifier_num_heads"
+
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+def layer_lists(model: Any) -> list[nn.ModuleList]:
+    """The outermost lists of the model's layers: one, or two where there is a decoder."""
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers and not inner:
+            found.append((name, module))
+    return [module for _, module in found]
+
+
+def layers_above(model: Any) -> dict[int, int]:
+    """How many layers stand above each parameter, by the parameter's id().
+
+    What the model holds before its layers, such as token embeddings, has all of them above it; what it holds after
+    them, none.
+    """
+    layers = [layer for layers in layer_lists(model) for layer in layers]
+    places = {id(p): place for place, layer in enumerate(layers, 1) for p in layer.parameters()}
+    found, passed = {}, 0
+    for parameter in model.parameters():  # in the order in which the model uses them
+        passed = max(passed, places.get(id(parameter), 0))
+        found[id(parameter)] = len(layers) - places.get(id(parameter), passed)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- inside of a layer
+
+
+class LayerParts(NamedTuple):
+    """What of a layer built as BERT's can be narrowed: attention with its projections, and the feed-forward part."""
+
+    attention: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear  # of the attention: [heads * head size] -> [D]
+    inner: nn.Linear
+    outer: nn.Linear  # of the feed-forward part: [units] -> [D]
+
+    def keep_heads(self, places: Tensor, size: int) -> None:
+        """Remove all heads but those at `places`; a head is `size` elements wide."""
+        rows = (places.unsqueeze(1) * size + torch.arange(size, device=places.device)).flatten()
+        for linear in (self.query, self.key, self.value):
+            _keep(linear, rows, 0)
+        _keep(self.output, rows, 1)
+        for names, value in ((("num_attention_heads", "n_heads"), len(places)), (("all_head_size",), len(rows))):
+            for name in names:
+                if hasattr(self.attention, name):
+                    setattr(self.attention, name, value)
+
+    def keep_units(self, places: Tensor) -> None:
+        """Remove all units of the feed-forward part but those at `places`."""
+        _keep(self.inner, places, 0)
+        _keep(self.outer, places, 1)
+
+
+def _keep(linear: nn.Linear, places: Tensor, axis: int) -> None:
+    """Keep these outputs (axis 0) or inputs (axis 1) of a linear layer."""
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, places), linear.weight.requires_grad)
+    if axis:
+        linear.in_features = len(places)
+        return
+    linear.out_features = len(places)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach().index_select(0, places), linear.bias.requires_grad)
+
+
+# The names of these matrices in a layer of BERT, RoBERTa, ELECTRA and all that are built alike, and in DistilBERT's.
+LAYOUTS = (
+    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+     "intermediate.dense", "output.dense"),
+    ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
+)
+
+
+def layer_parts(model: Any) -> list[LayerParts]:
+    """The parts of each layer.
+
+    Raises:
+        InputError: the layers are not built as BERT's, or have other matrices beside those.
+    """
+    lists = layer_lists(model)
+    found = []
+    for layer in lists[0] if len(lists) == 1 else ():
+        modules = dict(layer.named_modules())
+        matrices = {name for name, module in modules.items()
+                    if any(weight.ndim > 1 for weight in module.parameters(recurse=False))}
+        layout = next((names for names in LAYOUTS if set(names) == matrices), None)
+        if layout is None or not all(type(modules[name]) is nn.Linear for name in layout):
+            break
+        attention = layout[0].rpartition(".")[0]
+        found.append(LayerParts(*(modules[name] for name in (attention, *layout))))  # type: ignore[arg-type]
+    if not found or len(found) < len(lists[0]):
+        raise InputError(f"the model's architecture is {model.config.model_type}; those that can be pruned are BERT, "
+                         "DistilBERT, RoBERTa, ELECTRA, MiniLM and others with layers like theirs.")
+    return found
+
+
+def num_heads(config: Any) -> int:
+    """The heads of a layer."""
+    return getattr(config, NUM_HEADS, None) or config.num_attention_heads
+
+
+def keep_first_heads(model: Any) -> None:
+    """Make a whole model's attention as narrow as its config's NUM_HEADS says, before weights are loaded into it.
+
+    Raises:
+        InputError: the config says what cannot be.
+    """
+    count, most = num_heads(model.config), model.config.num_attention_heads
+    if not isinstance(count, int) or not 0 < count <= most:
+        raise InputError(f"{NUM_HEADS} in config.json is {count!r} and has to be a whole number from 1 to {most}.")
+    for parts in layer_parts(model):
+        parts.keep_heads(torch.arange(count), parts.query.out_features // most)

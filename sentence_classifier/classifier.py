@@ -1,0 +1,179 @@
+"""Classify sentences with an exported model: ONNX Runtime, numpy and tokenizers are all that this file needs.
+
+    from sentence_classifier.classifier import load
+
+    classifier = load("pytorch-model.onnx")
+    classifier.predict("play some jazz").label
+    classifier.predict(["play some jazz", "will it rain"])
+
+`evaluate.py --convert_onnx` writes the file. It carries all that its use needs (labels, tokenizer or vocabulary, n_ctx,
+lowercase), so that neither the checkpoint nor the data need be there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import onnxruntime
+
+from sentence_classifier.errors import InputError
+from text.lines import Labels, text_encoder
+
+# In a .onnx file's metadata: what the file says of itself, as JSON, and the vocabulary or tokenizer that it reads with.
+RECORD_KEY, VOCABULARY_KEY = "classifier", "vocabulary"
+ONNX_FORMAT = 1
+INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
+BUSY_WAIT = 0.1  # seconds after an answer in which a session's threads may still wait busily for the next request
+
+
+class Prediction(NamedTuple):
+    """The answer to one sentence."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+def make_session(model: str | bytes, num_threads: int = 0) -> onnxruntime.InferenceSession:
+    """A session for one request at a time.
+
+    Args:
+        model: a file's path, or its content.
+        num_threads: 0 leaves the choice to ONNX Runtime.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised, too
+    # export.fuse has optimized the graph already: a start need not do it again.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = num_threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def pad(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, T] int64, 0 at pad positions, and the mask [B, T], True at real tokens."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, dtype=np.int64)
+    ids[mask] = np.concatenate(rows)
+    return ids, mask
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """logits [B, C] -> probabilities [B, C]."""
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+class OnnxClassifier:
+    """A loaded .onnx file.
+
+    Attributes:
+        record: what the file says of itself; see export.make_record.
+        labels: the label map.
+        tokenizer: from a sentence to its token ids; see text.text_encoder.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, record: dict[str, Any], vocabulary: str) -> None:
+        self.session = session
+        self.record = record
+        self.labels = Labels(tuple(record["labels"]))
+        self.tokenizer = text_encoder(vocabulary, record["facts"])
+        self._ones = np.ones((1, max(1, record["facts"]["n_ctx"])), dtype=bool)
+
+    def logits(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Logits [B, C] float32 of a batch of token id rows."""
+        if len(rows) == 1 and len(rows[0]) <= self._ones.shape[1]:  # nothing to pad
+            ids = np.asarray(rows[0], dtype=np.int64)[None]
+            mask = self._ones[:, : ids.shape[1]]
+        else:
+            ids, mask = pad(rows)
+        return self.session.run([OUTPUT], {INPUTS[0]: ids, INPUTS[1]: mask})[0]
+
+    def probabilities(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Class probabilities [B, C] of a batch of token id rows."""
+        return softmax(self.logits(rows))
+
+    @overload
+    def predict(self, texts: str, batch_size: int = 32) -> Prediction: ...
+    @overload
+    def predict(self, texts: list[str], batch_size: int = 32) -> list[Prediction]: ...
+
+    def predict(self, texts: str | list[str], batch_size: int = 32) -> Prediction | list[Prediction]:
+        """Classify one sentence or many.
+
+        Args:
+            texts: a sentence, or sentences; many are computed in batches of like length and answered in their order.
+            batch_size: sentences a batch.
+
+        Raises:
+            ValueError: a batch size below 1, or text that a transformer's tokenizer cannot read (half of a surrogate
+                pair).
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, and at least 1 is needed.")
+        try:
+            if isinstance(texts, str):
+                return self._answer(self.probabilities([self.tokenizer(texts)])[0])
+            rows = [row for row, _ in self.tokenizer.encode_batch(texts)]
+        except TypeError:  # what tokenizers raises for such text, without saying which
+            _check_text([texts] if isinstance(texts, str) else texts)
+            raise
+        if not rows:
+            return []
+        order = np.argsort([-len(row) for row in rows], kind="stable")
+        answers: list[Any] = [None] * len(rows)
+        for start in range(0, len(rows), batch_size):
+            places = order[start : start + batch_size]
+            for place, row in zip(places, self.probabilities([rows[i] for i in places]), strict=True):
+                answers[place] = self._answer(row)
+        return answers
+
+    def _answer(self, row: np.ndarray) -> Prediction:
+        named = dict(zip(self.labels.names, row.tolist(), strict=True))
+        best = self.labels.names[int(row.argmax())]
+        return Prediction(best, named[best], named)
+
+
+def _check_text(sentences: list[str]) -> None:
+    for number, sentence in enumerate(sentences, 1):
+        try:
+            sentence.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"sentence {number}: {error}.") from None
+
+
+def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
+    """Open a .onnx file that `evaluate.py --convert_onnx` wrote.
+
+    Args:
+        path: the file.
+        num_threads: 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        InputError: no such file, a truncated one, or one that this toolkit did not write.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; evaluate.py --convert_onnx writes it.")
+    try:
+        session = make_session(str(path), num_threads)
+    except Exception as error:  # onnxruntime raises a dozen kinds for a damaged file; all mean the same to the user
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not a whole ONNX file that ONNX Runtime can use ({reason}).") from None
+    metadata = session.get_modelmeta().custom_metadata_map
+    if not {RECORD_KEY, VOCABULARY_KEY} <= set(metadata):
+        raise InputError(f"{path}: an ONNX file without this toolkit's metadata; write it with evaluate.py "
+                         "--convert_onnx.")
+    try:
+        record = json.loads(metadata[RECORD_KEY])
+        if record["format"] != ONNX_FORMAT or {one.name for one in session.get_inputs()} != set(INPUTS):
+            raise ValueError("of another version of this toolkit")
+        return OnnxClassifier(session, record, metadata[VOCABULARY_KEY])
+    except InputError:
+        raise
+    except Exception as error:  # likewise, of tokenizers
+        raise InputError(f"{path}: its metadata cannot be used ({error}); write the file again with evaluate.py "
+                         "--convert_onnx.") from None

@@ -1,0 +1,190 @@
+"""Lines, labels and tokenizers."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import naive
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sentence_classifier.errors import InputError
+from text import lines as text
+from text.lines import LabelParser, Labels, Lines, WordTokenizer, looks_like_logits, word_tokenizer
+
+# ------------------------------------------------------------------------------------------------------------- TSV
+
+
+def read(path: Path, **options: bool) -> list[tuple[int, str, str]]:
+    return [(line.line, line.sentence, line.label) for line in Lines(path, **options)]
+
+
+blanks = ["", "", " ", "\r", "\u2028", "\x85", "\x0b", "\u00a0", "\x1c"]
+words = st.sampled_from(["play", "é", "東", "\u2028", "a\rb", "a\x85b", "İ", "😀", "x\u200by", "\ufeff"])
+field = st.lists(words, max_size=3).map(" ".join)
+line = st.tuples(field, st.sampled_from(["\t", "\t", "\t", " \t ", "", "\t\t", "\0\t"]), field,
+                 st.sampled_from(blanks)).map(lambda parts: "".join(parts).encode())
+damaged = st.tuples(line, st.sampled_from([b"", b"", b"", b"\xff", b"\xc3", b"\xed\xa0\x80"])).map(b"".join)
+files = st.tuples(st.sampled_from([b"", b"\xef\xbb\xbf"]), st.lists(damaged, max_size=6),
+                  st.sampled_from([b"\n", b"\r\n"]), st.booleans()).map(
+    lambda parts: parts[0] + parts[2].join(parts[1]) + (parts[2] if parts[3] else b""))
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lines") / "file.txt"
+
+
+@settings(max_examples=100)
+@given(content=st.one_of(files, st.binary(max_size=30)), size=st.integers(1, 20))
+def test_blocks_hold_the_same_lines(path: Path, content: bytes, size: int) -> None:
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", size)
+        lines = Lines(path, skip_bad_lines=True)
+        blocks = list(lines.blocks())
+    found = [example for first, raw in blocks for example in lines.parse(io.BytesIO(raw), first)]
+    assert [tuple(example) for example in found] == [item for item in naive(content) if not isinstance(item, int)]
+    assert b"".join(raw for _, raw in blocks) == content and all(raw.endswith(b"\n") for _, raw in blocks[:-1])
+
+
+@settings(max_examples=400)
+@given(content=st.one_of(files, st.binary(max_size=30)), labelled=st.booleans())
+@example(content=b"a\tb", labelled=True)
+@example(content=b"\xef\xbb\xbfa\tb\r\n\r\n", labelled=True)
+def test_lines_against_a_naive_reader(path: Path, content: bytes, labelled: bool) -> None:
+    path.write_bytes(content)
+    expected = naive(content, labelled)
+    bad = [item for item in expected if isinstance(item, int)]
+    good = [item for item in expected if not isinstance(item, int)]
+    if good:
+        lines = Lines(path, skip_bad_lines=True, labelled=labelled)
+        assert [(line.line, line.sentence, line.label) for line in lines] == good
+        assert lines.skipped == len(bad)
+    if bad or not good:
+        with pytest.raises(InputError) as error:
+            read(path, labelled=labelled)
+        assert str(error.value).startswith(f"{path}:{bad[0]}: " if bad else f"{path}: ")
+    else:
+        assert read(path, labelled=labelled) == good
+
+
+@pytest.mark.parametrize(("content", "place", "says"), [
+    (b"", "", "the file is empty"),
+    (b"a\tb\nno tab\n", ":2", "no TAB"),
+    (b"a\tb\n\nc\td\n", ":2", "the line is empty"),
+    (b"a\tb\tc\n", ":1", "more than one TAB"),
+    (b"a\tb\n \tc\n", ":2", "the sentence is empty"),
+    (b"a\t \n", ":1", "the label is empty"),
+    (b"a\tb\nx\0\tb\n", ":2", "NUL"),
+    (b"a\tb\nab\xff\tb\n", ":2", "broken UTF-8 at byte 3"),
+])
+def test_bad_lines_are_named(path: Path, content: bytes, place: str, says: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}{place}: ") and says in str(error.value)
+
+
+def test_nothing_usable_is_an_error_with_skip_bad_lines_too(path: Path) -> None:
+    path.write_bytes(b"no tab\nneither\n")
+    with pytest.raises(InputError, match="no usable line"):
+        read(path, skip_bad_lines=True)
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\r\ntwo")))
+    assert [line.sentence for line in Lines("-", labelled=False)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "."])
+def test_files_that_cannot_be_read(name: str) -> None:
+    with pytest.raises(InputError, match=name):
+        list(Lines(name))
+
+
+# ---------------------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_round_trip(tmp_path: Path) -> None:
+    labels = Labels(("b", "a c", "é", "x\u2028y"))
+    labels.write(tmp_path / "label.txt")
+    assert Labels.read(tmp_path / "label.txt") == labels
+    assert labels.index() == {"b": 0, "a c": 1, "é": 2, "x\u2028y": 3} and len(labels) == 4
+
+
+def test_labels_written_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "label.txt").write_bytes(b"\xef\xbb\xbfyes\r\nno")
+    assert Labels.read(tmp_path / "label.txt").names == ("yes", "no")
+
+
+@pytest.mark.parametrize("content", [b"", b"a\n\nb\n", b"a\na\n", b"\xff\n", b"a\n\n"])
+def test_damaged_labels(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "label.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"label\.txt: .*preprocess"):
+        Labels.read(tmp_path / "label.txt")
+
+
+@pytest.mark.parametrize(("label", "expected"), [
+    ("1 2", True), ("-1.5e3\t.5", True), ("nan inf", True), ("1", False), ("", False), ("1 b", False), ("a b", False)])
+def test_looks_like_logits(label: str, expected: bool) -> None:
+    assert looks_like_logits(label) is expected
+
+
+def test_label_parser_class_ids() -> None:
+    parser = LabelParser(Labels(("a", "b c")))
+    assert [parser("b c"), parser("a")] == [1, 0] and parser.logits is False
+    for wrong in ("d", "1 2"):
+        with pytest.raises(ValueError, match="unknown label"):
+            parser(wrong)
+
+
+@pytest.mark.parametrize(("label", "says"), [
+    ("1 2", "2 logits where label.txt names 3"), ("1 2 3 4", "4 logits"), ("1 nan 2", "not finite"),
+    ("1 inf 2", "not finite"), ("1 -3.5e38 2", "not finite"), ("a", "not a row of logits"), ("1 2 x", "not a row")])
+def test_label_parser_logits(label: str, says: str) -> None:
+    parser = LabelParser(Labels(("a", "b", "c")))
+    assert parser("1 -2.5 3e2") == [1.0, -2.5, 300.0] and parser.logits is True
+    with pytest.raises(ValueError, match=says):
+        parser(label)
+
+
+def test_a_bad_first_label_does_not_decide_the_kind() -> None:
+    parser = LabelParser(Labels(("a", "b")))
+    for wrong in ("1 2 3", "c"):
+        with pytest.raises(ValueError, match="."):
+            parser(wrong)
+    assert parser("a") == 0
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+@pytest.mark.parametrize(("name", "lowercase", "sentence", "expected"), [
+    ("whitespace", True, "Play  JAZZ!\u00a0now", ["play", "jazz!", "now"]),
+    ("whitespace", False, "Play JAZZ!", ["Play", "JAZZ!"]),
+    ("punctuation", True, "Play jazz!", ["play", "jazz", "!"]),
+    ("punctuation", True, "it's 3.5 l’été ...", ["it's", "3", ".", "5", "l’été", ".", ".", "."]),
+    ("punctuation", False, "東京 _x_ 😀", ["東京", "_x_", "😀"]),
+])
+def test_word_tokenizers(name: str, lowercase: bool, sentence: str, expected: list[str]) -> None:
+    assert word_tokenizer(name, lowercase)(sentence) == expected
+
+
+@pytest.mark.parametrize("name", ["whitespace", "punctuation"])
+@settings(max_examples=300)
+@given(sentence=st.text(max_size=20).filter(lambda s: s.strip()))
+def test_no_sentence_loses_all_its_words(name: str, sentence: str) -> None:
+    found = word_tokenizer(name, True)(sentence)
+    assert found and not any(set(word) & set(" \n\t") for word in found)
+    assert "".join(found) == "".join(sentence.lower().split())
+
+
+def test_word_tokenizer_of_a_checkpoint() -> None:
+    facts = {"tokenizer": "whitespace", "lowercase": True, "n_ctx": 4}
+    tokenize = WordTokenizer("<pad>\n<unk>\nplay\nnew york\n", facts)
+    assert tokenize("<pad> PLAY <unk> new play play") == [1, 2, 1, 1]
+    assert WordTokenizer("<pad>\n<unk>\nplay\n<pad>\n", facts)("<pad>") == [3]  # a word of the training text

@@ -1,0 +1,394 @@
+"""A student learns from a teacher: from its logits, its hidden states and its attentions.
+
+The loss of a sentence, with the student's logits s, the teacher's t, labels y and the flags' ratios, is
+
+    h L(s, y) + (1 - h) T^2 KL(softmax(t / T) || softmax(s / T)) + r_state L_state + r_att L_att
+
+h = --hard_loss_ratio, T = --kd_temperature, L = --criterion. T^2 keeps the size of the gradients when T changes (Hinton
+et al. 2015, arXiv 1503.02531); hidden states and attentions after TinyBERT (Jiao et al. 2020, arXiv 1909.10351) and
+FastFormers (Kim and Hassan 2020, arXiv 2010.13382). A teacher's logits are computed once, in fp32, and from raw text
+with its own tokenizer, so that any teacher goes with any student; hidden states and attentions belong to tokens, so
+that they want the same tokenizer in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import Batch, EncodedData, pad
+from model import Classifier, build_model, load_classifier
+from pretrained.loading import TransformerEmbedding, remove_layers
+from sentence_classifier.errors import InputError
+from text.arrays import ArrayWriter, open_arrays
+from text.labels import find_record
+from text.lines import LabelParser, Labels, Lines, text_encoder
+from training.losses import evaluate
+from training.trainer import Trainer
+from util import sha256
+
+logger = logging.getLogger(__name__)
+
+LOGITS_FORMAT = "teacher-logits-1"
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> [B]."""
+    p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+
+
+def matched_layers(student: int, teacher: int) -> list[int]:
+    """For each of the student's layers the teacher's one that it imitates, counted from 1 and evenly spread.
+
+    Layer m of M imitates layer m N / M, rounded, so that the last ones match (arXiv 1909.10351, section 3.1).
+    """
+    return [(2 * layer * teacher + student) // (2 * student) for layer in range(1, student + 1)]
+
+
+def state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, cosine: bool) -> Tensor:
+    """How far hidden states are apart, the mean over pairs of layers and real tokens: [B].
+
+    Args:
+        student, teacher: [B, T, D] of each pair of layers.
+        mask: [B, T], True at real tokens.
+        cosine: 1 - cos of two vectors in place of their mean squared difference.
+    """
+    lengths = mask.sum(1)
+    total = torch.zeros(len(mask), device=mask.device)
+    for own, given in zip(student, teacher, strict=True):
+        own, given = own.float(), given.float()
+        apart = 1 - F.cosine_similarity(own, given, dim=-1) if cosine else (own - given).square().mean(-1)
+        total = total + apart.masked_fill(~mask, 0.0).sum(1) / lengths
+    return total / len(student)
+
+
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The mean squared difference of attentions over pairs of layers, heads and pairs of real tokens: [B].
+
+    Where the numbers of heads differ, the means over heads are compared. (A divergence would take offence at the
+    student's dropout, which sets attentions to zero.)
+
+    Args:
+        student, teacher: [B, heads, T, T] of each pair of layers.
+        mask: [B, T], True at real tokens.
+    """
+    pads = ~(mask.unsqueeze(1) & mask.unsqueeze(2)).unsqueeze(1)  # [B, 1, T, T]
+    total = torch.zeros(len(mask), device=mask.device)
+    for own, given in zip(student, teacher, strict=True):
+        if own.shape[1] != given.shape[1]:
+            own, given = own.mean(1, keepdim=True), given.mean(1, keepdim=True)
+        apart = (own.float() - given.float()).masked_fill(pads, 0.0).square()
+        total = total + apart.sum((1, 2, 3)) / (own.shape[1] * mask.sum(1).square())
+    return total / len(student)
+
+
+# --------------------------------------------------------------------------------------------------------- teacher
+
+
+class Teacher(nn.Module):
+    """A trained classifier that answers in the order of the student's labels.
+
+    Args:
+        checkpoint: as train.py wrote it.
+        path: where from, for messages.
+        folders: where frozen word vectors are looked for.
+        labels: the student's.
+
+    Raises:
+        InputError: it was trained on other labels.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any], path: str, folders: list[str], labels: Labels) -> None:
+        super().__init__()
+        own = Labels(tuple(checkpoint["labels"]))
+        if set(own.names) != set(labels.names):
+            raise InputError(f"{path}: the teacher's labels ({', '.join(own.names)}) are not those of the student's "
+                             f"data ({', '.join(labels.names)}).")
+        self.path = path
+        self.run_id: str = checkpoint["run_id"]
+        self.facts: dict[str, Any] = checkpoint["facts"]
+        self.labels = labels
+        self.model: Classifier = load_classifier(checkpoint, folders)
+        self.vocabulary: str = checkpoint["vocabulary"]
+        self.order: Tensor
+        self.register_buffer("order", torch.tensor([own.index()[name] for name in labels.names]), persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask [B, T] -> logits [B, C], in the order of the student's labels."""
+        return self.model(input_ids, attention_mask)[:, self.order]
+
+    def reads_like(self, facts: dict[str, Any]) -> bool:
+        """Whether data encoded with these facts have the token ids that it would make of the same text."""
+        same = ("kind", "vocab_sha256", "n_ctx", "tokenizer", "lowercase", "truncation_side")
+        return all(self.facts.get(fact) == facts.get(fact) for fact in same)
+
+    def encoder(self, augmented: bool) -> Any:
+        """Its own function from text to token ids; `augmented`: a [MASK] in the text is the mask token."""
+        return text_encoder(self.vocabulary, {**self.facts, "augmented": augmented})
+
+
+def read_sentences(data: EncodedData) -> Iterator[str]:
+    """The raw sentences of encoded data, in order.
+
+    Raises:
+        InputError: the text that was encoded is not there any more.
+    """
+    if not data.source.is_file():
+        raise InputError(f"{data.source}: no such file; a teacher reads the text that {data.path} was made from.")
+    skipped = data.facts["skip_bad_lines"]  # lines with an unusable label are among those; else there were none
+    for example in Lines(data.source, skipped, parse_label=LabelParser(data.labels) if skipped else str):
+        yield example.sentence
+
+
+@torch.no_grad()  # not inference_mode: weights that moved to a GPU within it could not be trained any more
+def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int, device: torch.device) -> np.ndarray:
+    """The teacher's logits for each sentence of encoded data, from raw text, in fp32: [N, C] float32.
+
+    Text that this teacher has labelled with evaluate.py --augmented, by the record beside it, has them as its labels.
+    Others are kept beside the data as SOURCE.teacher, and taken from there for the same teacher and the same text.
+
+    Raises:
+        InputError: a logit that is no finite number, or raw text that is missing.
+    """
+    if labelled_by(data) == teacher.run_id:
+        logger.info("[the teacher's answers to %s] are its labels", data.source)
+        return np.asarray(data.targets, dtype=np.float32)
+    path = data.source.with_name(f"{data.source.name}.teacher")
+    made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.facts["source_sha256"],
+                 "skip_bad_lines": json.dumps(data.facts["skip_bad_lines"]), "labels": json.dumps(data.labels.names)}
+    with contextlib.suppress(InputError):  # none yet, or damaged
+        arrays, metadata = open_arrays(path)
+        if metadata == made_from:
+            logger.info("[the teacher's answers to %s] are in %s", data.source, path)
+            return arrays["logits"]
+    teacher.eval().to(device)
+    encoder = teacher.encoder(augmented)
+    logits = np.empty((len(data), len(data.labels)), dtype=np.float32)
+    done = 0
+    with tqdm(total=len(data), unit="sentence", desc="teacher", disable=None) as bar:
+        for sentences in _chunks(read_sentences(data), 64 * batch_size):
+            rows = [np.asarray(row) for row, _ in encoder.encode_batch(sentences)]
+            order = np.argsort([-len(row) for row in rows], kind="stable")
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                batch = pad([rows[place] for place in places]).to(device)
+                logits[done + places] = teacher(batch.input_ids, batch.attention_mask).cpu().numpy()
+                bar.update(len(places))
+            done += len(rows)
+    if not np.isfinite(logits).all():
+        raise InputError(f"{teacher.path}: the teacher's logits for {data.source} are not all finite; train it anew.")
+    with ArrayWriter(path, {"logits": ("f4", (len(data.labels),))}) as writer:
+        writer.append("logits", logits)
+        writer.metadata.update(made_from)
+    return logits
+
+
+def labelled_by(data: EncodedData) -> str | None:
+    """The run of the teacher whose logits are the data's labels; None where these are no logits, or not known whose."""
+    if not data.has_logits or not data.source.exists():
+        return None
+    match find_record(data.source):
+        case {"teacher": {"run_id": str(run_id)}}:
+            return run_id
+    return None
+
+
+def _chunks(sentences: Iterator[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for sentence in sentences:
+        chunk.append(sentence)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@dataclass
+class TaughtBatch(Batch):
+    """Sentences with the teacher's answers to them: [B, C]."""
+
+    teacher_logits: Tensor | None = None
+
+
+class TaughtData(EncodedData):
+    """Encoded data with the teacher's answers.
+
+    Args:
+        path: the encoded file.
+        logits: [N, C].
+    """
+
+    def __init__(self, path: Path, logits: np.ndarray) -> None:
+        super().__init__(path)
+        self.logits = logits
+
+    def __getitems__(self, indices: Sequence[int]) -> TaughtBatch:
+        batch = super().__getitems__(indices)
+        answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
+        return TaughtBatch(batch.input_ids, batch.attention_mask, batch.targets, answers)
+
+
+# --------------------------------------------------------------------------------------------------------- student
+
+
+def student_from_teacher(checkpoint: dict[str, Any], args: argparse.Namespace, config: dict[str, Any],
+                         train: EncodedData) -> Classifier:
+    """A student whose transformer begins as --student_init_layers of the teacher's, with its embeddings.
+
+    Raises:
+        InputError: there are no such layers, or teacher and student do not read the same tokens.
+    """
+    said = f"--student_init_layers={','.join(map(str, args.student_init_layers))}"
+    facts = checkpoint["facts"]
+    if facts["kind"] != "fs" or facts["vocab_sha256"] != train.facts["vocab_sha256"]:
+        raise InputError(f"{said}: {args.teacher_model_path} and {train.path} have different vocabularies, so that the "
+                         "teacher's layers are of no use to the student; leave the flag out.")
+    transformer: Any = load_classifier(checkpoint, []).embedding.transformer
+    count = transformer.config.num_hidden_layers
+    chosen = sorted(set(args.student_init_layers))
+    if chosen != args.student_init_layers or chosen[-1] >= count:
+        raise InputError(f"{said}: the teacher's layers are 0 to {count - 1}; name some of them, in their order.")
+    if others := [place for place in range(count) if place not in chosen]:
+        remove_layers(transformer, others)
+    logger.info("[student] begins with layers %s of %s", ", ".join(map(str, chosen)), args.teacher_model_path)
+    return build_model(config, len(train.labels), TransformerEmbedding.for_training(train, args, transformer))
+
+
+def keep_inside(embedding: Any, attentions: bool, path: str) -> None:
+    """Let a model keep its hidden states and, if asked for, its attentions.
+
+    Raises:
+        InputError: it has none, or not those of one stack of layers.
+    """
+    if not isinstance(embedding, TransformerEmbedding):
+        raise InputError(f"{path}: --state_loss_ratio and --att_loss_ratio are for transformers, and this is none.")
+    embedding.keep_output(attentions)
+    kind = embedding.transformer.config.model_type
+    embedding.eval()
+    with torch.no_grad():
+        embedding(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+    if not getattr(embedding.output, "hidden_states", None):
+        raise InputError(f"{path}: {kind} models do not tell the hidden states of one stack of layers; distil their "
+                         "logits alone.")
+    if attentions:
+        given = getattr(embedding.output, "attentions", None)
+        if not given or not all(torch.allclose(layer.sum(-1), torch.ones(()), atol=1e-3) for layer in given):
+            raise InputError(f"{path}: {kind} models do not tell their attentions; leave --att_loss_ratio out.")
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student by the loss at the head of this file.
+
+    Args:
+        train: with the teacher's answers.
+        teacher: asked for hidden states and attentions, where the flags want them.
+        model, valid, args, record, accelerator, state: see Trainer.
+
+    Raises:
+        InputError: hidden states or attentions that cannot be compared.
+    """
+
+    decisive = (*Trainer.decisive, "teacher_sha256", "hard_loss_ratio", "state_loss_ratio",
+                "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
+
+    def __init__(self, model: Classifier, train: TaughtData, valid: EncodedData, args: argparse.Namespace,
+                 record: dict[str, Any], accelerator: Accelerator, teacher: Teacher,
+                 state: dict[str, Any] | None = None) -> None:
+        self.teacher = teacher.to(accelerator.device).eval()
+        self.student: Any = model.embedding
+        self.guide: Any = teacher.model.embedding
+        self.inside = bool(args.state_loss_ratio or args.att_loss_ratio)
+        self.projection: nn.Module | None = None
+        self.pairs: list[tuple[int, int]] = []  # student's layer, teacher's layer
+        if self.inside:
+            self._match(model, teacher, args, train)
+        self.parts: dict[str, Any] = {}  # of the loss, summed over the examples since the last log line
+        self.examples = 0
+        super().__init__(model, train, valid, args, record, accelerator, state=state)
+
+    def _match(self, model: Classifier, teacher: Teacher, args: argparse.Namespace, train: EncodedData) -> None:
+        if not teacher.reads_like(train.facts):
+            raise InputError(f"{teacher.path}: the teacher reads other tokens than {train.path} holds, so that hidden "
+                             "states and attentions cannot be compared; leave --state_loss_ratio and --att_loss_ratio "
+                             "out, or encode the data as for the teacher.")
+        for embedding, path in ((self.guide, teacher.path), (self.student, args.config)):
+            keep_inside(embedding, bool(args.att_loss_ratio), path)
+        layers = [embedding.transformer.config.num_hidden_layers for embedding in (self.student, self.guide)]
+        widths = [embedding.output_size for embedding in (self.student, self.guide)]
+        if layers[0] > layers[1]:
+            raise InputError(f"{teacher.path}: the student has {layers[0]} layers and the teacher {layers[1]}, so that "
+                             "layers cannot be matched; leave --state_loss_ratio and --att_loss_ratio out.")
+        if args.state_loss_ratio and widths[0] > widths[1]:
+            raise InputError(f"{teacher.path}: the student's hidden states are wider ({widths[0]}) than the teacher's "
+                             f"({widths[1]}), which cannot guide them all; leave --state_loss_ratio out.")
+        self.pairs = list(enumerate(matched_layers(layers[0], layers[1]), 1))
+        logger.info("[layers] student, teacher: %s", ", ".join(f"{m} - {n}" for m, n in self.pairs))
+        if args.state_loss_ratio and widths[0] != widths[1]:
+            # Within the model, so that it is optimized, clipped and resumed with it; no checkpoint has it.
+            self.projection = nn.Linear(*widths)
+            model.add_module("projection", self.projection)
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One pass: the loss of each example [B], and the student's logits [B, C]."""
+        args = self.args
+        assert isinstance(batch, TaughtBatch) and batch.teacher_logits is not None
+        hard, logits = super().objective(batch)
+        parts = {"hard": hard, "logits": logit_loss(logits, batch.teacher_logits, args.kd_temperature)}
+        weights = {"hard": args.hard_loss_ratio, "logits": 1 - args.hard_loss_ratio,
+                   "states": args.state_loss_ratio, "attentions": args.att_loss_ratio}
+        if self.inside:
+            with torch.no_grad(), self.accelerator.autocast():
+                self.teacher(batch.input_ids, batch.attention_mask)
+            own, given = self.student.output, self.guide.output
+            self.student.output = self.guide.output = None
+            mask = batch.attention_mask
+            if args.state_loss_ratio:
+                with self.accelerator.autocast():
+                    states = [own.hidden_states[m] for m, _ in [(0, 0), *self.pairs]]
+                    states = [self.projection(state) for state in states] if self.projection else states
+                parts["states"] = state_loss(states, [given.hidden_states[n] for _, n in [(0, 0), *self.pairs]], mask,
+                                             args.state_distill_cs)[: len(hard)]
+            if args.att_loss_ratio:
+                parts["attentions"] = attention_loss([own.attentions[m - 1] for m, _ in self.pairs],
+                                                     [given.attentions[n - 1] for _, n in self.pairs],
+                                                     mask)[: len(hard)]
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value.detach().sum()
+        self.examples += len(hard)
+        return sum((weights[name] * value for name, value in parts.items()), torch.zeros_like(hard)), logits
+
+    def _train_step(self, group: list[Batch], examples: int) -> None:
+        super()._train_step(group, examples)
+        if self.step % self.args.logging_steps == 0:
+            means = {name: total.item() / max(1, self.examples) for name, total in self.parts.items()}
+            self.parts, self.examples = {}, 0
+            if self.args.log_evaluate_during_training:
+                found = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
+                means |= {f"valid {name}": value for name, value in found.items()}
+                self.model.train()
+            logger.info("[step %d] %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+            for name, value in means.items():
+                self.writer.add_scalar(f"distillation/{name.replace(' ', '_')}", value, self.step)
+
+    def _weights(self) -> dict[str, Any]:
+        weights = super()._weights()
+        weights["model"] = {name: value for name, value in weights["model"].items()
+                            if not name.startswith("projection.")}
+        return weights

@@ -1,0 +1,317 @@
+"""Several processes and DeepSpeed: what a launcher says, the Accelerator, ZeRO's sharded state, and lost processes.
+
+A launcher (torchrun, python -m torch.distributed.launch, accelerate launch) starts train.py once for each device and
+says through environment variables which process is which. All processes take the same decisions, since they see the
+same sums; the main one writes files and logs.
+
+DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shares out the optimizer's state (stage 1), the gradients
+(2) and the weights (3) among the processes. Precision is here what it is without DeepSpeed: weights in fp32, training
+steps under autocast. The state is saved whole and in torch's layout, so that a run can be resumed with another stage or
+another number of processes, and without DeepSpeed's own pickles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sentence_classifier.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside the number of steps
+
+# ------------------------------------------------------------------------------------------------------------ start
+
+
+def make_accelerator(args: argparse.Namespace, device: torch.device, precision: str) -> Accelerator:
+    """The Accelerator of this process, for the launcher that started it and the flags.
+
+    Args:
+        args: train.py's flags.
+        device: of this process.
+        precision: no, bf16 or fp16.
+
+    Raises:
+        InputError: the launcher asks for what this toolkit has not, or the flags do not go with DeepSpeed.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+    for name in ("FSDP", "MEGATRON_LM"):
+        if _launcher_says(f"ACCELERATE_USE_{name}"):
+            raise InputError(f"accelerate is configured for {name}, which train.py does not use; run accelerate config "
+                             "again, or share out the model with --zero_stage=3.")
+    plugin = _deepspeed_plugin(args, precision)
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if plugin:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
+        _start_deepspeed(args, device)
+    if "LOCAL_RANK" in os.environ and device.type == "cpu":
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
+    # Accumulation is the Trainer's own business; without a plugin, a launcher's number would divide the loss once more.
+    accumulation = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps if plugin else 1)
+    # Told that it is on the CPU, accelerate leaves DeepSpeed out.
+    accelerator = Accelerator(cpu=device.type == "cpu" and not plugin, mixed_precision="no" if plugin else precision,
+                              deepspeed_plugin=plugin, gradient_accumulation_plugin=accumulation,
+                              kwargs_handlers=handlers)
+    if plugin:  # or else transformers loads the model in shards, before it has been looked at
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+    return accelerator
+
+
+def _launcher_says(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
+    """DeepSpeed's settings: from --zero_stage, or else from accelerate launch; None: without DeepSpeed."""
+    given = args.zero_stage is not None
+    if not (args.zero_stage if given else _launcher_says("ACCELERATE_USE_DEEPSPEED")):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+        return None
+    try:
+        import deepspeed  # noqa: F401
+        from accelerate.utils import DeepSpeedPlugin
+    except ImportError:
+        raise InputError("--zero_stage needs the package deepspeed: pip install -r requirements.txt.") from None
+    chosen = {"zero_stage": args.zero_stage, "hf_ds_config": "none", "gradient_clipping": args.max_grad_norm,
+              "offload_param_device": "none"} if given else {}
+    if args.offload_optimizer or given:
+        chosen["offload_optimizer_device"] = args.offload_optimizer or "none"
+    plugin = DeepSpeedPlugin(zero3_init_flag=False, **chosen)
+    settings = plugin.deepspeed_config
+    zero = settings["zero_optimization"]
+    if not zero.get("stage"):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+        return None
+    for name in ("optimizer", "scheduler"):
+        if settings.pop(name, None):
+            logger.warning("[the %s of DeepSpeed's configuration is left aside: train.py's flags decide]", name)
+    for name in ("fp16", "bf16"):
+        if str(settings.pop(name, {}).get("enabled")).lower() == "true":
+            precision = name
+    for name in [name for name, value in zero.items() if value == "auto"]:
+        del zero[name]
+    settings["train_micro_batch_size_per_gpu"] = args.batch_size
+    settings["train_batch_size"] = "auto"
+    settings["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    if settings.get("gradient_clipping", "auto") == "auto":
+        settings["gradient_clipping"] = args.max_grad_norm
+    settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is as fast, and needs no compiler
+    if precision != "no":
+        settings["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
+                                      "lower_precision_safe_modules": []}  # what is sent stays in fp32
+    for name in ("compile", "enable_qat", "enable_qat_fx", "enable_diffq"):
+        if getattr(args, name):
+            raise InputError(f"--{name} does not go with DeepSpeed; train with --zero_stage=0.")
+    if zero["stage"] == 3:
+        for name in ("ema_decay", "lora_r"):
+            if getattr(args, name):
+                raise InputError(f"--{name} needs whole weights in each process, and --zero_stage=3 shares them out; "
+                                 "take --zero_stage=2.")
+    return plugin
+
+
+def _start_deepspeed(args: argparse.Namespace, device: torch.device) -> None:
+    if device.type == "cpu":
+        if torch.cuda.is_available():
+            raise InputError("--device=cpu: DeepSpeed takes the GPUs that it finds; set CUDA_VISIBLE_DEVICES= as well.")
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled now, by each process
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+    if "LOCAL_RANK" not in os.environ:  # plain python: a group of one
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
+    """What takes the model's and the optimizer's places in training steps. The model itself stays usable, in fp32."""
+    if accelerator.num_processes > 1 and accelerator.ddp_handler and not is_sharded(accelerator):
+        accelerator.ddp_handler.find_unused_parameters = not _all_learn(model)
+    prepared = accelerator.prepare(model, optimizer)
+    for name in ("forward", "_original_forward"):  # accelerate's autocast, which the Trainer enters itself
+        vars(model).pop(name, None)
+    return prepared
+
+
+def _all_learn(model: nn.Module) -> bool:
+    """Whether gradients reach all trainable parameters: tried out on one sentence."""
+    device = next(model.parameters()).device
+    random = torch.get_rng_state()
+    model.eval()
+    ids = torch.ones(1, 3, dtype=torch.int64, device=device)
+    model(ids, ids.bool()).sum().backward()
+    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.zero_grad()
+    torch.set_rng_state(random)
+    return reached
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed steps the optimizer."""
+    return accelerator.distributed_type.value == "DEEPSPEED"
+
+
+def described(accelerator: Accelerator) -> str:
+    """What the log says of several processes and DeepSpeed."""
+    parts = [f", {accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
+    if is_sharded(accelerator):
+        parts.append(f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}")
+    return "".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- sums
+
+
+def total(values: Tensor, accelerator: Accelerator | None) -> Tensor:
+    """The sum over all processes; the same in each, bit for bit."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return values
+    values = values.to(accelerator.device)
+    torch.distributed.all_reduce(values)
+    return values.cpu()
+
+
+def gather(value: Any, accelerator: Accelerator) -> list[Any]:
+    """One value of each process, in their order."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------- ZeRO
+
+
+@contextlib.contextmanager
+def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """All weights are in each process within the block. To be entered by all processes."""
+    if not is_sharded(accelerator):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):  # nothing to do below stage 3
+        yield
+
+
+def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator: Accelerator) -> dict[str, Any]:
+    """The optimizer's state dict in torch's layout, whole in the main process. To be called by all processes.
+
+    Args:
+        optimizer: as accelerate prepared it.
+        parameters: those of the optimizer, in its order.
+    """
+    if not is_sharded(accelerator):
+        return optimizer.state_dict()
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    zero = optimizer.optimizer
+    state = {}
+    if zero.optimizer.state:
+        _link(zero)
+        steps = next(iter(zero.optimizer.state.values()))["step"].cpu()
+        for number, parameter in enumerate(parameters):
+            moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+            if accelerator.is_main_process:
+                state[number] = {"step": steps, **{name: moment.cpu() for name, moment in moments.items()}}
+    return {"state": state}
+
+
+def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator: Accelerator,
+                         saved: dict[str, Any]) -> None:
+    """Take over what optimizer_state returned, in a run of any stage and number of processes."""
+    if not is_sharded(accelerator):
+        numbers = iter(range(len(parameters)))
+        groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
+        optimizer.load_state_dict({"param_groups": groups, **saved})
+        return
+    if not saved["state"]:
+        return
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    zero = optimizer.optimizer
+    flat = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+    steps = next(iter(saved["state"].values()))["step"]
+    for shard in flat:
+        zero.optimizer.state[shard] = {"step": steps.clone().to(shard.device),
+                                       **{name: torch.zeros_like(shard) for name in MOMENTS}}
+    _link(zero)
+    for number, parameter in enumerate(parameters):
+        for name in MOMENTS:
+            safe_set_full_optimizer_state(parameter, saved["state"][number][name].to(parameter.device), name)
+
+
+def _link(zero: Any) -> None:
+    """Let stages 1 and 2 find the state of all groups: of themselves they look once, after the first group's step."""
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+# ------------------------------------------------------------------------------------------------------------- ends
+
+
+def end_processes() -> None:
+    """Leave the group of processes, when all is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
+    """Where another process dies, or the launcher ends all of them for that, the block ends with a sentence.
+
+    Args:
+        advice: what to do then.
+
+    Raises:
+        InputError: with the sentence.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+
+    def told_to_stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise InputError(f"told to stop (SIGTERM), as launchers do when another process of the run has died; {advice}")
+
+    before = signal.signal(signal.SIGTERM, told_to_stop)
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error).split("\n")[0]).split(". ")[0]
+        if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
+            raise
+        raise InputError(f"another process of this run has died ({reason}); {advice}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_LOST = re.compile(r"gloo|NCCL|by peer|Broken pipe|Connection (closed|refused|reset)|store", re.IGNORECASE)

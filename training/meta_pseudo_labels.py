@@ -1,0 +1,307 @@
+"""Meta pseudo labels: a teacher that learns from how its student fares (Pham et al. 2020, arXiv 2003.10580).
+
+A step, with unlabelled text u, labelled text (x, y), student S and teacher T:
+
+    1. the teacher labels u;
+    2. the student takes an optimizer step on these pseudo labels, which turns its loss L on (x, y) into L';
+    3. the teacher takes a step down the gradient of L' with respect to itself, through the student's step, plus that
+       of its own supervised loss on (x, y).
+
+The paper's unsupervised augmentation loss is optional there, and left out here. How the gradient of L' is had:
+
+    hard    pseudo labels c are drawn from the teacher's probabilities p. The gradient of the expectation of L' is that
+            of E[L'] = sum over c of p(c) L'(c), whose estimate is (L' - L) grad log p(c) = h grad CE(c, T(u)) with
+            h = L - L', the fall of the student's loss; L, which c does not change, only lessens the variance. It is
+            unbiased whatever the student's optimizer. (The paper writes h as the product of the student's gradients
+            before and after the step, times the learning rate: the first-order term of L - L' for plain SGD.) The
+            cross entropy is summed over u, since its labels are drawn together.
+    soft    the student learns p itself. For a step s' = s - D grad_s CE(p, S(u)), D diagonal and constant, the chain
+            rule gives dL'/dp_c = (D grad L') . grad_s log S_c(u) / |u|, the slope of log S_c in the direction
+            D grad L', had by a central difference of log S around the s before the step. For plain SGD, D is the
+            learning rate, and nothing is left out. For AdamW, D is what multiplies the newest gradient in this step:
+            the second moment counts as constant, and what momentum carries to later steps, and clipping, are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dataset import Batch, BucketSampler, EncodedData, make_loader, pad
+from model import Classifier, parameter_groups
+from sentence_classifier.errors import InputError
+from text.lines import Lines, text_encoder
+from training.distillation import Teacher, read_sentences
+from training.losses import cosine_with_warmup
+from training.trainer import Trainer
+from util import open_input
+
+logger = logging.getLogger(__name__)
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+def meta_loss(answers: Tensor, student_logits: Callable[[], Tensor], labelled_loss: Callable[[], Tensor],
+              update: Callable[[Tensor], None], parameters: Sequence[Tensor], optimizer: Any, hard: bool
+              ) -> tuple[Tensor, float]:
+    """Let the student take its step, and return what moves the teacher.
+
+    Args:
+        answers: the teacher's logits [B, C], with their graph.
+        student_logits: the student's for the same sentences [B, C], with theirs.
+        labelled_loss: the student's mean loss on labelled data, without dropout.
+        update: one optimizer step down the gradient of a loss.
+        parameters, optimizer: the student's.
+        hard: see the head of this file.
+
+    Returns:
+        The loss whose gradient is the teacher's meta gradient, and h, the fall of the student's loss on labelled data.
+    """
+    with torch.no_grad():
+        before = labelled_loss()
+        soft = answers.softmax(-1)
+        labels = torch.multinomial(soft, 1).squeeze(1) if hard else soft
+    old = [] if hard else [parameter.detach().clone() for parameter in parameters]
+    update(F.cross_entropy(student_logits(), labels))
+    if hard:
+        with torch.no_grad():
+            fall = (before - labelled_loss()).item()
+        return fall * F.cross_entropy(answers, labels, reduction="sum"), fall
+    after = labelled_loss()
+    gradients = torch.autograd.grad(after, parameters, allow_unused=True)
+    pairs = zip(parameters, gradients, strict=True)
+    direction = [torch.zeros_like(p) if g is None else step_factor(optimizer, p) * g for p, g in pairs]
+    slopes = log_probability_slopes(student_logits, parameters, old, direction)
+    return (answers.softmax(-1) * slopes).sum(-1).mean(), (before - after.detach()).item()
+
+
+@torch.no_grad()
+def log_probability_slopes(student_logits: Callable[[], Tensor], parameters: Sequence[Tensor], place: Sequence[Tensor],
+                           direction: Sequence[Tensor]) -> Tensor:
+    """How fast the log probabilities change where the parameters are `place`, in a direction: [B, C]."""
+    norm = torch.stack([part.norm() for part in direction]).norm().clamp(min=1e-30)
+    size = 0.01 / norm  # as DARTS has it (arXiv 1806.09055, section 2.3)
+    now = [parameter.detach().clone() for parameter in parameters]
+    found = []
+    for sign in (1, -1):
+        for parameter, origin, part in zip(parameters, place, direction, strict=True):
+            parameter.copy_(origin + sign * size * part)
+        found.append(student_logits().log_softmax(-1))
+    for parameter, value in zip(parameters, now, strict=True):
+        parameter.copy_(value)
+    return (found[0] - found[1]) / (2 * size)
+
+
+def step_factor(optimizer: Any, parameter: Tensor) -> Any:
+    """D: by what a parameter falls for each unit of its newest gradient, in the optimizer step just taken.
+
+    For SGD the learning rate; for Adam what the first moment's share of the newest gradient is divided by.
+    """
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return group["lr"]
+    (beta1, beta2), step = group["betas"], float(state["step"])
+    second = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
+    return group["lr"] * (1 - beta1) / (1 - beta1**step) / second
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class ReadTwice(Batch):
+    """Sentences as the student reads them, and the same sentences as the teacher does."""
+
+    teacher: Batch | None = None
+
+
+class Rows:
+    """Token ids of many sentences, one after another.
+
+    Args:
+        sentences: raw text.
+        encoder: from text to token ids.
+    """
+
+    def __init__(self, sentences: Iterable[str], encoder: Any) -> None:
+        ids, ends = array("i"), array("q", [0])
+        chunk: list[str] = []
+
+        def flush() -> None:
+            for row, _ in encoder.encode_batch(chunk):
+                ids.extend(row)
+                ends.append(len(ids))
+            chunk.clear()
+
+        for sentence in tqdm(sentences, unit="sentence", disable=None):
+            chunk.append(sentence)
+            if len(chunk) == 1024:
+                flush()
+        flush()
+        self.ids, self.offsets = np.frombuffer(ids, dtype=np.int32), np.frombuffer(ends, dtype=np.int64)
+
+    def __getitem__(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+
+
+class UnlabelledText(Dataset):
+    """Sentences without labels, encoded for student and teacher.
+
+    Args:
+        path: one sentence a line; what follows a TAB is passed over.
+        encoder, teacher_encoder: from text to token ids; None for the second where it is the first.
+    """
+
+    def __init__(self, path: str, encoder: Any, teacher_encoder: Any) -> None:
+        self.rows = Rows(read_text(path), encoder)
+        self.teacher_rows = Rows(read_text(path), teacher_encoder) if teacher_encoder else None
+        self.lengths = np.diff(self.rows.offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitems__(self, indices: Sequence[int]) -> ReadTwice:
+        own = pad(self.rows[indices])
+        return ReadTwice(own.input_ids, own.attention_mask,
+                         teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
+
+
+def read_text(path: str) -> Iterator[str]:
+    """The sentences of a file with or without labels; its first line decides."""
+    with open_input(path) as file:
+        labelled = b"\t" in file.readline()
+    for example in Lines(path, labelled=labelled):
+        yield example.sentence
+
+
+class LabelledText(EncodedData):
+    """Encoded data that the teacher reads, too.
+
+    Args:
+        path: the encoded file.
+        teacher_encoder: as for UnlabelledText.
+    """
+
+    def __init__(self, path: Path, teacher_encoder: Any) -> None:
+        super().__init__(path)
+        self.teacher_rows = Rows(read_sentences(self), teacher_encoder) if teacher_encoder else None
+
+    def __getitems__(self, indices: Sequence[int]) -> ReadTwice:
+        own = super().__getitems__(indices)
+        return ReadTwice(own.input_ids, own.attention_mask, own.targets,
+                         teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+class MetaTrainer(Trainer):
+    """Trains a student on a teacher's pseudo labels, and the teacher by what comes of it.
+
+    An epoch is one pass over the labelled data; each step takes as many sentences of the unlabelled text.
+
+    Args:
+        teacher: begins as it is, and is changed.
+        model, train, valid, args, record, accelerator: see Trainer.
+    """
+
+    def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
+                 record: dict[str, Any], accelerator: Accelerator, teacher: Teacher) -> None:
+        encoder = None if teacher.reads_like(train.facts) else teacher.encoder(args.augmented)
+        labelled = LabelledText(train.path, encoder)
+        logger.info("[meta pseudo labels] reading %s", args.mpl_data_path)
+        text = UnlabelledText(args.mpl_data_path,
+                              text_encoder(record["vocabulary"], {**train.facts, "augmented": True}),
+                              teacher.encoder(augmented=True) if encoder else None)
+        super().__init__(model, labelled, valid, args, record, accelerator)
+        self.teacher = teacher.to(accelerator.device)
+        groups = parameter_groups(teacher.model, args.mpl_weight_decay, args.mpl_learning_rate)
+        self.teacher_optimizer = torch.optim.AdamW(groups, lr=args.mpl_learning_rate, eps=args.adam_epsilon)
+        self.teacher_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.teacher_optimizer, lambda step: cosine_with_warmup(step, args.mpl_warmup_steps, self.total_steps))
+        self.learned = [p for p in self.plain_model.parameters() if p.requires_grad]
+        self.unlabelled = self._endless(text)
+        self.fall = 0.0  # of the student's loss, summed over the steps since the last log line
+
+    def _endless(self, text: UnlabelledText) -> Iterator[ReadTwice]:
+        sampler = BucketSampler(text.lengths, self.args.batch_size, seed=self.args.seed)
+        while True:
+            yield from cast(Iterator[ReadTwice], make_loader(cast(EncodedData, text), sampler))
+            sampler.epoch += 1
+
+    def _train_step(self, group: list[Batch], examples: int) -> None:
+        device = self.accelerator.device
+        labelled = [cast(ReadTwice, batch).to(device) for batch in group]
+        unlabelled = [next(self.unlabelled).to(device) for _ in group]
+
+        def answers(batches: list[ReadTwice]) -> list[Tensor]:
+            with self.accelerator.autocast():
+                return [self.teacher(b.teacher.input_ids, b.teacher.attention_mask).float()
+                        for b in batches if b.teacher]
+
+        def student_logits() -> Tensor:
+            if not torch.is_grad_enabled():  # for slopes: small differences want full precision and no dropout
+                self.plain_model.eval()
+                return torch.cat([self.plain_model(b.input_ids, b.attention_mask) for b in unlabelled])
+            self.plain_model.train()
+            with self.accelerator.autocast():
+                return torch.cat([self.model(b.input_ids, b.attention_mask).float() for b in unlabelled])
+
+        def labelled_loss() -> Tensor:
+            self.plain_model.eval()  # in full precision, too
+            losses = [self.criterion(self.plain_model(b.input_ids, b.attention_mask), b.targets).sum()
+                      for b in labelled if b.targets is not None]
+            return torch.stack(losses).sum() / examples
+
+        self.teacher.train()
+        meta, fall = meta_loss(torch.cat(answers(unlabelled)), student_logits, labelled_loss, self._update,
+                               self.learned, self.optimizer, self.args.mpl_labels == "hard")
+        self.scheduler.step()
+        supervised = torch.stack([self.criterion(logits, b.targets).sum() for logits, b in
+                                  zip(answers(labelled), labelled, strict=True) if b.targets is not None])
+        (meta + supervised.sum() / examples).backward()
+        if self.args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.teacher.parameters(), self.args.max_grad_norm)
+        self.teacher_optimizer.step()
+        self.teacher_scheduler.step()
+        self.teacher_optimizer.zero_grad()
+        self.model.train()
+        self.step += 1
+        self.loss_count += 1
+        self.fall += fall
+        if self.step % self.args.logging_steps == 0:
+            logger.info("[meta pseudo labels, step %d] teacher's loss %.4f, student's loss falls by %.2e a step",
+                        self.step, supervised.sum().item() / examples, self.fall / self.args.logging_steps)
+            self.writer.add_scalar("mpl/fall", self.fall / self.args.logging_steps, self.step)
+            self.fall = 0.0
+
+    def _update(self, loss: Tensor) -> None:
+        if not math.isfinite(value := loss.item()):
+            raise InputError(f"the loss on pseudo labels is {value} at step {self.step + 1}; lower --lr "
+                             f"(now {self.args.lr:g}).")
+        self.loss_sum += value
+        self.accelerator.backward(loss)
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update()
+
+    def save_state(self) -> None:
+        """Nothing: --resume does not go on with this part of a run."""

@@ -1,0 +1,135 @@
+"""The space of a hyper-parameter search: which flags of train.py, and which values of each.
+
+--hp_space FILE.json names flags of train.py, each with the values that it may take: a list to choose from, or a range.
+A range of whole numbers holds both its ends; "log" draws evenly in the logarithm, "step" draws multiples from "low" on.
+
+    {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "batch_size": [32, 64], "embedding_trainable": [true, false],
+     "epoch": {"low": 1, "high": 8}, "weight_decay": {"low": 0, "high": 0.1, "step": 0.01}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cli.flags import Parser, did_you_mean
+from sentence_classifier.errors import FlagError, InputError
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+# Groups of flags that say how to train, not where and on what.
+SEARCHED = ("course of the training", "optimizer", "loss and regularization", "transformers")
+
+
+def default_space(epoch: int) -> dict[str, Any]:
+    """The space that is searched without --hp_space."""
+    return {"lr": {"low": 1e-6, "high": 1e-3, "log": True}, "batch_size": [32, 64, 128],
+            "seed": {"low": 17, "high": 42}, "epoch": {"low": 1, "high": epoch}}
+
+
+def check_space(space: Any, source: str, parser: Parser) -> dict[str, Any]:
+    """The space with each value as its flag holds it.
+
+    Args:
+        space: what --hp_space holds.
+        source: the file's name.
+
+    Raises:
+        InputError: names the file, the key and what is wrong there.
+    """
+    actions = {action.dest: action for group in parser._action_groups if group.title in SEARCHED
+               for action in group._group_actions}
+    if not space:
+        raise InputError(f"{source}: names no flag to search.")
+    return {name: _check_values(actions.get(name), rule, f"{source}: {name}", did_you_mean(name, actions))
+            for name, rule in space.items()}
+
+
+def _check_values(action: argparse.Action | None, rule: Any, where: str, hint: str) -> Any:
+    if action is None:
+        raise InputError(f"{where}: no flag of train.py that can be searched{hint}.")
+    switch = action.nargs == 0
+    if isinstance(rule, list):
+        if len(rule) < 2 or len({str(value) for value in rule}) < len(rule):
+            raise InputError(f"{where}: two or more different values are expected.")
+        return [_check_value(action, value, where) for value in rule]
+    if not isinstance(rule, dict) or switch or action.choices:
+        raise InputError(f"{where}: a list of values is expected" + (
+            "." if switch or action.choices else ', or a range {"low": ..., "high": ...}.'))
+    for key in rule:
+        if key not in ("low", "high", "log", "step"):
+            raise InputError(f"{where}: unknown key {key!r}{did_you_mean(key, ('low', 'high', 'log', 'step'))}; a "
+                             "range has low, high, and log or step.")
+    for key in ("low", "high"):
+        if key not in rule:
+            raise InputError(f"{where}: {key} is missing.")
+    low, high = (_check_value(action, rule[key], f"{where}: {key}") for key in ("low", "high"))
+    if not isinstance(low, int | float):
+        raise InputError(f"{where}: no number, and so no range; a list of values is expected.")
+    if low > high:
+        raise InputError(f"{where}: low is {low}, above high, which is {high}.")
+    log, step = rule.get("log", False), rule.get("step")
+    if not isinstance(log, bool):
+        raise InputError(f"{where}: log is {json.dumps(log)} and must be true or false.")
+    if log and low <= 0:
+        raise InputError(f"{where}: low is {low}, and log needs it above 0.")
+    if step is not None:
+        whole = isinstance(low, int)
+        if log:
+            raise InputError(f"{where}: log and step do not go together; leave one of them out.")
+        if isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0:
+            raise InputError(f"{where}: step is {json.dumps(step)} and must be a "
+                             f"{'whole ' if whole else ''}number above 0.")
+    return {"low": low, "high": high, "log": log, "step": step}
+
+
+def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
+    if (action.nargs == 0) != isinstance(value, bool):
+        raise InputError(f"{where}: {json.dumps(value)} and must be "
+                         f"{'true or false' if action.nargs == 0 else 'a value of the flag'}.")
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, int | float | str):
+        raise InputError(f"{where}: {json.dumps(value)} is no value of a flag.")
+    if action.choices and value not in action.choices:
+        raise InputError(f"{where}: {json.dumps(value)} and must be one of {', '.join(action.choices)}.")
+    try:
+        held = action.type(str(value)) if callable(action.type) else value
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{where}: {error}.") from None
+    return held if isinstance(held, int | float) else str(value)  # a list of layers stays as it is written
+
+
+def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], None]) -> None:
+    """Refuse a listed value or the end of a range that no trial could take, before one is drawn.
+
+    Args:
+        space: as check_space returns it.
+        source: the file's name.
+        check: of a flag and a value; raises FlagError if they do not go with the command line, config and data.
+
+    Raises:
+        InputError: names the file and the key.
+    """
+    for name, rule in space.items():
+        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
+            try:
+                check(name, value)
+            except FlagError as error:
+                raise InputError(f"{source}: {name}: {error}") from None
+
+
+def suggest(trial: Trial, space: dict[str, Any]) -> dict[str, Any]:
+    """One point of the space."""
+    drawn: dict[str, Any] = {}
+    for name, rule in space.items():
+        if isinstance(rule, list):
+            drawn[name] = trial.suggest_categorical(name, rule)
+        elif isinstance(rule["low"], int):
+            drawn[name] = trial.suggest_int(name, rule["low"], rule["high"], step=rule["step"] or 1, log=rule["log"])
+        else:
+            drawn[name] = trial.suggest_float(name, rule["low"], rule["high"], step=rule["step"], log=rule["log"])
+    return drawn
