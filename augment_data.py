@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 from cli.flags import Parser, natural_int, number, positive_int
 from sentence_classifier.errors import InputError, fail_cleanly
-from text.labels import find_record, write_record
-from text.lines import MASK, Example, Lines, chunks, progress
+from sentence_classifier.tokenizers import MASK
+from text.labels import find_logits_info, write_logits_info
+from text.lines import Example, TsvReader, chunks, progress
 from text.tagging import ANALYZERS, default_analyzer, make_analyzer
 from text.workers import spread
-from util import atomic_write, sha256
+from util import atomic_write, cores, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -209,11 +210,6 @@ class Augmenter:
 
 # --------------------------------------------------------------------------------------------------------- processes
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -222,7 +218,7 @@ def tag_all(args: argparse.Namespace, analyzer: str | None, workers: int, file: 
     label = None if args.preserve_label else args.dummy_label
     if analyzer and workers > 1:
         make_analyzer(analyzer)  # what is missing is said once, and here
-    lines = Lines(args.input, args.skip_bad_lines)
+    lines = TsvReader(args.input, args.skip_bad_lines)
     counts: Counter[tuple[str, str]] = Counter()
     sentences = 0
     for rows, some in spread(partial(Tagger, analyzer, args.lower, label),
@@ -282,9 +278,9 @@ def main(argv: list[str] | None = None) -> None:
     if os.path.exists(args.output) and os.path.exists(args.input) and os.path.samefile(args.input, args.output):
         raise InputError(f"{args.output}: is the input; choose another --output.")
     figures = augment(args)
-    record = find_record(args.input) if args.preserve_label else None
+    record = find_logits_info(args.input) if args.preserve_label else None
     if record:  # the labels are logits: they keep their order
-        write_record(args.output, record["labels"], teacher=record.get("teacher"),
+        write_logits_info(args.output, record["labels"], teacher=record.get("teacher"),
                      source={"file": Path(args.input).name, "sha256": sha256(args.input)})
     for what, count in (("tagging", figures["sentences"]), ("augmenting", figures["lines"])):
         seconds = figures[f"{what}_seconds"]

@@ -129,7 +129,7 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = choose_device(flags["device"])
     precision = choose_precision("auto", device)
     data = EncodedData(folder / "data" / "train.txt.ids")
-    seen, lengths = data.facts["seen_rows"], data.lengths
+    seen, lengths = data.encoding.seen_rows, data.lengths
     n_ctx = config["n_ctx"]
     notes += [f"data set {source.name}: {len(data):,} sentences of {lengths.mean():.1f} words, n_ctx {n_ctx}, batches "
               f"of {flags['batch_size']}", f"config {Path(args.config).name}, {seen:,} trained word vectors",
@@ -139,12 +139,12 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def make() -> Any:
             alpha = flags["word_dropout"]
             dropped = word_dropout_probabilities(data.word_counts(), alpha) if alpha else None
-            embedding = WordEmbedding(table, data.facts["seen_rows"], dropped, flags["embedding_dropout"])
+            embedding = WordEmbedding(table, data.encoding.seen_rows, dropped, flags["embedding_dropout"])
             return build_model(config, len(data.labels), embedding)
 
         return training_rate(make, flags, data.path, precision, n_ctx if padded else 0, sizes)
 
-    table = load_table(folder / "data" / "embedding.npy", data.facts["table"])
+    table = load_table(folder / "data" / "embedding.npy", str(data.encoding.table))
     base = "fp32, padded to n_ctx"
     sides = {base: lambda: rate(table, "no", padded=True), "fp32, bucketed": lambda: rate(table, "no")}
     if precision != "no":

@@ -2,8 +2,8 @@
 
 An encoded file (`train.txt.ids`) holds flat memory-mapped arrays: the token ids of all sentences one after another,
 the offsets at which each begins, and the labels (class ids, or a teacher's logits). Nothing is padded on disk; a
-batch is padded to its own longest sentence. The file's metadata records the facts that made it, so that a stale or
-foreign file is refused.
+batch is padded to its own longest sentence. The file's metadata says what made it, so that a stale or foreign
+file is refused.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sentence_classifier.errors import InputError
+from sentence_classifier.labels import Labels
 from text.arrays import ENCODED_FORMAT, fingerprint, open_arrays
-from text.lines import Labels
-from util import sha256
+from util import EncodingInfo, RunInfo, sha256
 
 
 @dataclass
@@ -74,7 +74,7 @@ class EncodedData(Dataset):
     """One encoded file, memory-mapped.
 
     Attributes:
-        facts: what made it; see preprocess.py.
+        encoding: what made it.
         lengths: [N] tokens in each sentence.
         targets: [N] int32 class ids or [N, C] float32 logits.
 
@@ -89,22 +89,25 @@ class EncodedData(Dataset):
             raise InputError(f"{path}: no such file; run preprocess.py{more} with the same --config and --data_dir "
                              "first.")
         arrays, metadata = open_arrays(path)
-        if metadata.get("format") != ENCODED_FORMAT or not {"token_ids", "offsets"} < set(arrays):
-            raise InputError(f"{path}: not encoded by this version of preprocess.py; run it again.")
+        try:
+            if metadata["format"] != ENCODED_FORMAT or not {"token_ids", "offsets"} < set(arrays):
+                raise ValueError
+            self.encoding = EncodingInfo.from_json(json.loads(metadata["encoding"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: not encoded by this version of preprocess.py; run it again.") from None
         self.path = path
-        self.facts: dict[str, Any] = json.loads(metadata["facts"])
         self.token_ids = arrays["token_ids"]
         self.offsets = arrays["offsets"]
         self.targets = arrays["logits"] if "logits" in arrays else arrays["labels"]
         self.lengths = np.diff(self.offsets)
         self.source = path.with_suffix("")
-        if self.source.exists() and sha256(self.source) != self.facts["source_sha256"]:
+        if self.source.exists() and sha256(self.source) != self.encoding.source_sha256:
             raise InputError(f"{path}: {self.source} has changed since it was encoded; run preprocess.py again.")
 
     @property
     def labels(self) -> Labels:
         """The label map that the file was encoded with."""
-        return Labels(tuple(self.facts["labels"]))
+        return Labels(self.encoding.labels)
 
     @property
     def has_logits(self) -> bool:
@@ -120,7 +123,7 @@ class EncodedData(Dataset):
 
     def word_counts(self) -> Tensor:
         """How often each word of the training data occurs here: [rows of words seen in training]."""
-        counts = np.zeros(self.facts["seen_rows"], dtype=np.int64)
+        counts = np.zeros(self.encoding.seen_rows, dtype=np.int64)
         for start in range(0, len(self.token_ids), 1 << 24):
             part = self.token_ids[start : start + (1 << 24)]
             counts += np.bincount(part[part < len(counts)], minlength=len(counts))
@@ -140,14 +143,14 @@ class EncodedData(Dataset):
         return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
 
 
-def check_same_data(data: EncodedData, record: dict[str, Any], path: str) -> None:
+def check_same_data(data: EncodedData, run: RunInfo, path: str) -> None:
     """Refuse data that were encoded for another model."""
-    if data.facts["labels"] != record["labels"]:
-        raise InputError(f"{data.path}: its labels ({', '.join(data.facts['labels'])}) are not those of "
-                         f"{path} ({', '.join(record['labels'])}).")
+    if data.labels != run.labels:
+        raise InputError(f"{data.path}: its labels ({', '.join(data.labels.names)}) are not those of "
+                         f"{path} ({', '.join(run.labels.names)}).")
     for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
                        ("n_ctx", "n_ctx")):
-        if data.facts.get(fact) != record["facts"].get(fact):
+        if getattr(data.encoding, fact) != getattr(run.encoding, fact):
             raise InputError(f"{data.path}: encoded with another {what} than {path} was trained with; run "
                              "preprocess.py as for that model (evaluate.py --enable_inference reads raw text).")
 
@@ -195,7 +198,7 @@ class BucketSampler(Sampler[list[int]]):
             yield batch.tolist()
 
 
-def share(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) -> list[list[int]]:
+def shard(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) -> list[list[int]]:
     """One process's part of a batch, in parts of at most `size` sentences that are computed one after another.
 
     Every sentence is in exactly one part of one process. All processes get equally many parts, for they compute in

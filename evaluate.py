@@ -20,12 +20,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -44,9 +44,14 @@ from cli.flags import (
     thread_count,
 )
 from sentence_classifier.errors import InputError, fail_cleanly
-from text.labels import label_parser, label_text
-from text.lines import Labels, Lines, text_encoder
-from util import atomic_write
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import make_tokenizer
+from text.labels import label_parser, write_logits_info
+from text.lines import TsvReader, chunks, progress
+from util import RunInfo, atomic_write
+
+if TYPE_CHECKING:  # it imports torch
+    from dataset import EncodedData
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +171,8 @@ class TorchPredictor:
 
 
 def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
-               way: str | None = None) -> tuple[TorchPredictor, dict[str, Any]]:
-    """The model of MODEL_PATH, checked against the config where one is given, and its checkpoint.
+               way: str | None = None) -> tuple[TorchPredictor, RunInfo]:
+    """The model of MODEL_PATH, checked against the config where one is given, and its run.
 
     Args:
         way: of quantization, see `int8_way`; None: the model in fp32.
@@ -180,24 +185,25 @@ def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     checkpoint = load_checkpoint(args.model_path)
-    check_same_model(args.model_path, config, checkpoint, args)
+    check_same_model(args.model_path, config, checkpoint.run, args)
     device = choose_device("cpu" if args.convert_onnx else args.device)
-    model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint["flags"]["data_dir"]]).to(device).eval()
+    model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint.run.flags["data_dir"]]).to(device).eval()
     if way:
         from compression.quantization import quantize
 
         model = quantize(model, way, checkpoint, args.batch_size)
-    tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
-    return TorchPredictor(model, tokenizer, Labels(tuple(checkpoint["labels"])), device), checkpoint
+    tokenizer = make_tokenizer(checkpoint.run.vocabulary, checkpoint.run.encoding)
+    return TorchPredictor(model, tokenizer, checkpoint.run.labels, device), checkpoint.run
 
 
-def load_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, dict[str, Any]]:
+def load_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, RunInfo]:
     """The model of ONNX_PATH or QUANTIZED_ONNX_PATH, checked likewise, and what it says of itself."""
     from sentence_classifier.classifier import load
 
     classifier = load(model_file(args), args.num_threads)
-    check_same_model(model_file(args), config, classifier.record, args)
-    return classifier, classifier.record
+    run = RunInfo.from_json(classifier.metadata["run"], vocabulary=classifier.vocabulary)
+    check_same_model(model_file(args), config, run, args)
+    return classifier, run
 
 
 def model_file(args: argparse.Namespace) -> str:
@@ -207,21 +213,21 @@ def model_file(args: argparse.Namespace) -> str:
     return args.quantized_onnx_path if args.quantize_onnx else args.onnx_path
 
 
-def check_same_model(path: str, config: dict[str, Any] | None, record: dict[str, Any],
+def check_same_model(path: str, config: dict[str, Any] | None, run: RunInfo,
                      args: argparse.Namespace) -> None:
     """Refuse a config of another model than the file's, and a --bert_output_dir that another run wrote.
 
     The file itself holds all the weights.
     """
     if config is not None:
-        check_same_config(config, args.config, record["config"], path)
+        check_same_config(config, args.config, run.config, path)
     if args.bert_output_dir:
         from util import RUN_ID, saved_fact
 
-        run = saved_fact(args.bert_output_dir, RUN_ID)
-        if run != record["run_id"]:
-            raise InputError(f"{args.bert_output_dir}: {f'of run {run}' if run else 'not written by train.py'}, and "
-                             f"{path} is of run {record['run_id']}; give the folder of the same run, or none.")
+        found = saved_fact(args.bert_output_dir, RUN_ID)
+        if found != run.run_id:
+            raise InputError(f"{args.bert_output_dir}: {f'of run {found}' if found else 'not written by train.py'}, "
+                             f"and {path} is of run {run.run_id}; give the folder of the same run, or none.")
 
 
 def evaluate_encoded(predictor: Predictor, data: Any, batch_size: int, count: int) -> tuple[np.ndarray, list[float]]:
@@ -255,7 +261,7 @@ def evaluate_raw(predictor: Predictor, sentences: list[str]) -> tuple[np.ndarray
 
 def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
     """Answer each line of --input_path with a JSON object, in batches."""
-    lines = Lines(args.input_path, args.skip_bad_lines, labelled=False)
+    lines = TsvReader(args.input_path, args.skip_bad_lines, labelled=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # JSON's, whatever the locale has
     for sentences in _batches(lines, args.batch_size, args.num_examples):
@@ -270,7 +276,7 @@ def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
         logger.warning("[%s] %d bad lines were skipped", args.input_path, lines.skipped)
 
 
-def _batches(lines: Lines, size: int, limit: int) -> Iterator[list[str]]:
+def _batches(lines: TsvReader, size: int, limit: int) -> Iterator[list[str]]:
     batch: list[str] = []
     try:
         for example in islice(lines, limit or None):
@@ -298,7 +304,7 @@ def read_examples(path: Path, labels: Labels, skip_bad_lines: bool, limit: int) 
         target = parser(label)
         return label, int(np.argmax(target)) if parser.logits else target
 
-    for example in Lines(path, skip_bad_lines, parse_label=parse):
+    for example in TsvReader(path, skip_bad_lines, parse_label=parse):
         sentences.append(example.sentence)
         written.append(example.label[0])
         targets.append(example.label[1])
@@ -375,41 +381,85 @@ def time_figures(seconds: list[float], batch_size: int) -> dict[str, float]:
             "median_ms": float(np.median(rest)), "p95_ms": float(np.percentile(rest, 95))}
 
 
+# ----------------------------------------------------------------------------------------------------------- label
+
+
+def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndarray]], np.ndarray], batch_size: int,
+               limit: int, teacher: dict[str, Any]) -> Path:
+    """Write `SOURCE.pred` beside the text SOURCE that `data` encodes: sentence TAB logits, and its record.
+
+    Memory does not grow with the file: some thousand lines at a time are put into batches of like length, and their
+    answers into the order of the lines. Each number is the shortest that single precision reads back as the same.
+
+    Args:
+        labels: the teacher's.
+        logits: token id rows to logits [B, C] float32.
+        limit: only the first so many sentences; 0: all.
+        teacher: who it is, for the record.
+
+    Raises:
+        InputError: a logit is not finite.
+    """
+    target = data.source.with_name(f"{data.source.name}.pred")
+    lines = TsvReader(data.source, data.encoding.skip_bad_lines,
+                  parse_label=label_parser(data.source, labels, data.encoding.dummy_label))
+    begin = 0
+    with atomic_write(target) as file:
+        for examples in chunks(islice(progress(data.source, lines), limit or None), 8192, 1 << 22):
+            lengths = data.lengths[begin : begin + len(examples)]
+            order = np.argsort(-lengths, kind="stable")
+            answers = np.empty((len(examples), len(labels)), dtype=np.float32)
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                answers[places] = logits(data.rows(begin + places))
+            for example, row in zip(examples, answers, strict=True):
+                if not np.isfinite(row).all():
+                    raise InputError(f"{data.source}:{example.line}: the teacher's logits for this sentence are not "
+                                     "finite; train the teacher again, with a lower --lr.")
+                file.write(f"{example.sentence}\t{' '.join(map(str, row))}\n")
+            begin += len(examples)
+    write_logits_info(target, list(labels.names), teacher=teacher,
+                 source={"file": data.source.name, "sha256": data.encoding.source_sha256})
+    return target
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 
 def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> None:
     """Write ONNX_PATH and, with --quantize_onnx, QUANTIZED_ONNX_PATH."""
     from compression.onnx_export import convert
+    from util import load_checkpoint
 
-    predictor, checkpoint = load_torch(args, config)
-    folder = Path(args.data_dir or checkpoint["flags"]["data_dir"])
+    predictor, run = load_torch(args, config)
+    checkpoint = load_checkpoint(args.model_path)
+    folder = Path(args.data_dir or run.flags["data_dir"])
     int8_path = args.quantized_onnx_path if args.quantize_onnx else None
     convert(predictor.model, checkpoint, folder, args.onnx_path, int8_path, args.onnx_opset, args.num_threads,
             args.quantized_onnx_mb)
 
 
-def label_augmented(predictor: Predictor, record: dict[str, Any], args: argparse.Namespace,
+def label_augmented(predictor: Predictor, run: RunInfo, args: argparse.Namespace,
                     config: dict[str, Any] | None, folder: Path) -> None:
     """Write augmented.raw.pred."""
     from dataset import EncodedData, check_same_data
 
-    def check(found: dict[str, Any], path: str) -> None:
+    def check(teacher: Predictor, found: RunInfo, path: str) -> None:
         check_same_data(data, found, path)
-        if found.get("int8"):
+        if getattr(teacher, "metadata", {}).get("int8"):
             raise InputError(f"{path}: an int8 file; a teacher's logits are those of fp32, of the file that "
                              "--convert_onnx writes without --quantize_onnx, or of --model_path.")
 
-    data = EncodedData(folder / f"augmented.raw.{record['facts']['kind']}")
-    check(record, model_file(args))
-    teachers = {record["run_id"]: (model_file(args), predictor)}
+    data = EncodedData(folder / f"augmented.raw.{run.encoding.kind}")
+    check(predictor, run, model_file(args))
+    teachers = {run.run_id: (model_file(args), predictor)}
     for path in args.more_teachers:
         own = argparse.Namespace(**{**vars(args), "model_path": path, "onnx_path": path, "bert_output_dir": None})
         other, found = load_onnx(own, config) if args.enable_ort else load_torch(own, config)
-        check(found, path)
-        if found["run_id"] in teachers:
-            raise InputError(f"--more_teachers: {path} and {teachers[found['run_id']][0]} are of the same run.")
-        teachers[found["run_id"]] = (path, other)
+        check(other, found, path)
+        if found.run_id in teachers:
+            raise InputError(f"--more_teachers: {path} and {teachers[found.run_id][0]} are of the same run.")
+        teachers[found.run_id] = (path, other)
 
     def mean_logits(rows: list[np.ndarray]) -> np.ndarray:
         total = reduce(np.add, (teacher.logits(rows) for _, teacher in teachers.values()))  # sum() would lose -0.0
@@ -435,13 +485,13 @@ def main(argv: list[str] | None = None) -> None:
         convert_onnx(args, config)
         return
     way = int8_way(args)
-    predictor, record = load_onnx(args, config) if args.enable_ort else load_torch(args, config, way)
-    folder = Path(args.data_dir or record["flags"]["data_dir"])
+    predictor, run = load_onnx(args, config) if args.enable_ort else load_torch(args, config, way)
+    folder = Path(args.data_dir or run.flags["data_dir"])
     if args.input_path is not None:
         classify_lines(predictor, args)
         return
     if args.augmented:
-        label_augmented(predictor, record, args, config, folder)
+        label_augmented(predictor, run, args, config, folder)
         return
 
     path, source = model_file(args), folder / "test.txt"
@@ -451,9 +501,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         from dataset import EncodedData, check_same_data
 
-        data = EncodedData(folder / f"test.txt.{record['facts']['kind']}")
-        check_same_data(data, record, path)
-        sentences, written, targets = read_examples(source, predictor.labels, data.facts["skip_bad_lines"],
+        data = EncodedData(folder / f"test.txt.{run.encoding.kind}")
+        check_same_data(data, run, path)
+        sentences, written, targets = read_examples(source, predictor.labels, data.encoding.skip_bad_lines,
                                                     args.num_examples)
         probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
     predictions = probabilities.argmax(1)
@@ -476,8 +526,8 @@ def main(argv: list[str] | None = None) -> None:
     target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
     write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
     write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                **compared, "timing": timing, "flags": vars(args), "run_id": record["run_id"],
-                "config": record["config"], "git_revision": git_revision(), "versions": versions(),
+                **compared, "timing": timing, "flags": vars(args), "run_id": run.run_id,
+                "config": run.config, "git_revision": git_revision(), "versions": versions(),
                 "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(["evaluate.py", *sys.argv[1:]])},
                f"{path}.test.json")
 

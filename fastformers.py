@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ from cli.training_flags import (
     publish,
 )
 from sentence_classifier.errors import InputError, fail_cleanly
-from util import atomic_write, open_input, sha256
+from sentence_classifier.tokenizers import SUBWORDS
+from util import Checkpoint, atomic_write, open_input, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -142,18 +144,18 @@ def check_distillation_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--{flag} and --{other} do not go together; leave one of them out.")
 
 
-def load_teacher(args: argparse.Namespace) -> dict[str, Any]:
+def load_teacher(args: argparse.Namespace) -> Checkpoint:
     """The teacher's checkpoint, checked against what else is said of the teacher."""
     from util import RUN_ID, load_checkpoint, saved_fact
 
     path, folder = args.teacher_model_path, args.teacher_bert_model_name_or_path
     checkpoint = load_checkpoint(path)
     if args.teacher_config:
-        check_same_config(load_config(args.teacher_config), args.teacher_config, checkpoint["config"], path)
+        check_same_config(load_config(args.teacher_config), args.teacher_config, checkpoint.run.config, path)
     run = saved_fact(folder, RUN_ID) if folder else None  # none: the pretrained model, say, which is not needed
-    if run not in (None, checkpoint["run_id"]):
-        raise InputError(f"{folder}: of run {run}, and {path} is of run {checkpoint['run_id']}; give the folder of the "
-                         "same run, or none.")
+    if run not in (None, checkpoint.run.run_id):
+        raise InputError(f"{folder}: of run {run}, and {path} is of run {checkpoint.run.run_id}; give the folder of "
+                         "the same run, or none.")
     args.teacher_sha256 = sha256(path)  # a resumed run has the same teacher
     return checkpoint
 
@@ -169,13 +171,13 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else new_model
     run = begin(args, config, make_model)
     device, path = run.accelerator.device, args.teacher_model_path
-    teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint["flags"]["data_dir"]], run.train.labels)
+    teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint.run.flags["data_dir"]], run.train.labels)
     logits = answer(teacher, run.train, args.augmented, args.eval_batch_size, device)
-    more: dict[str, Any] = {"teacher": {"path": path, "run_id": checkpoint["run_id"], "sha256": args.teacher_sha256}}
+    more: dict[str, Any] = {"teacher": {"path": path, "run_id": checkpoint.run.run_id, "sha256": args.teacher_sha256}}
     if args.mpl_data_path:
         more["mpl_history"] = learn_pseudo_labels(run, teacher)
-        teacher.model.load_state_dict(checkpoint["model"])  # the one that answered
-    trainer = DistillationTrainer(run.model, TaughtData(run.train.path, logits), run.valid, args, run.record,
+        teacher.model.load_state_dict(checkpoint.model)  # the one that answered
+    trainer = DistillationTrainer(run.model, TaughtData(run.train.path, logits), run.valid, args, run.info,
                                   run.accelerator, teacher, run.state)
     curve = join(finish(run, trainer, more))
     draw_curves({args.save_path: curve, **others}, f"{args.save_path}.curves.png")
@@ -194,12 +196,12 @@ def learn_pseudo_labels(run: Run, teacher: Any) -> list[dict[str, float]]:
         raise InputError("--mpl_data_path: meta pseudo labels are learned in bf16 or fp32.")
     changes = {"epoch": run.args.mpl_epoch, "save_path": f"{run.args.save_path}.mpl"}
     args = argparse.Namespace(**{**vars(run.args), **changes})
-    record = {**run.record, "run_id": f"{run.record['run_id']}-mpl"}
-    trainer = MetaTrainer(run.model, run.train, run.valid, args, record, run.accelerator, teacher)
+    info = replace(run.info, run_id=f"{run.info.run_id}-mpl")
+    trainer = MetaTrainer(run.model, run.train, run.valid, args, info, run.accelerator, teacher)
     best = trainer.fit()
     logger.info("[meta pseudo labels] best at step %d: valid loss %.4f, valid accuracy %.4f; the student goes on from "
                 "there", best["step"], best["valid_loss"], best["valid_accuracy"])
-    run.model.load_state_dict(load_checkpoint(args.save_path)["model"])
+    run.model.load_state_dict(load_checkpoint(args.save_path).model)
     return trainer.history
 
 
@@ -243,9 +245,6 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
 # --------------------------------------------------------------------------------------------------------- pruning
 
 
-# --------------------------------------------------------------------------------------------------------- pruning
-
-
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
     from compression import pruning
@@ -260,7 +259,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     check_pruning_flags(args, config, checkpoint)
     device = choose_device(args.device)
     train, valid = load_data(args, config)
-    check_same_data(train, checkpoint, args.model_path)
+    check_same_data(train, checkpoint.run, args.model_path)
     model = load_classifier(checkpoint, []).to(device)
     model.embedding.token_cutoff = args.token_cutoff
     transformer: Any = model.embedding.transformer
@@ -270,7 +269,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     args.save_path, args.bert_output_dir = args.save_path_pruned, args.bert_output_dir_pruned
     args.epoch = args.recover_epoch
     check_output_folder(args.bert_output_dir, args.data_dir)
-    if "quantization" in checkpoint:
+    if checkpoint.quantization:
         logger.warning("[%s] was trained for int8; its fp32 weights are pruned, and the result answers in int8 as any "
                        "model does, or trained with --recover_epoch and the same flag", args.model_path)
 
@@ -284,14 +283,14 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     run = begin(args, config, lambda *_: model.cpu())
     run.model.decoder.load_state_dict(decoder)  # one of Gaussians was fitted anew
     if args.recover_epoch:
-        trainer = Trainer(run.model, run.train, run.valid, args, run.record, run.accelerator, state=run.state)
-        finish(run, trainer, {"pruned_run_id": checkpoint["run_id"], **figures})
+        trainer = Trainer(run.model, run.train, run.valid, args, run.info, run.accelerator, state=run.state)
+        finish(run, trainer, {"pruned_run_id": checkpoint.run.run_id, **figures})
         figures["recovered"] = {"loss": trainer.best["valid_loss"], "accuracy": trainer.best["valid_accuracy"],
                                 "parameters": figures["pruned"]["parameters"]}
     else:
         point = {"step": 0, "epoch": 0, "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"]}
-        save_checkpoint({**run.record, "metrics": point, "model": merged_weights(run.model)}, args.save_path)
-        publish(args, run.record["identity"])
+        save_checkpoint(Checkpoint(run=run.info, metrics=point, model=merged_weights(run.model)), args.save_path)
+        publish(args, run.info.identity)
     figures[list(figures)[-1]]["mb"] = os.path.getsize(args.save_path) / 1e6
     if not args.dont_normalize_importance_by_layer:
         importance = importance.normalized()
@@ -299,25 +298,24 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
         logger.info("[%s] %d parameters%s: valid accuracy %.4f, valid loss %.4f", name, row["parameters"],
                     f", {row['mb']:.1f} MB" if "mb" in row else "", row["accuracy"], row["loss"])
     pruning.draw_importance(importance, args.target_num_heads, args.target_ffn_dim, f"{args.save_path}.importance.png")
-    keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
-    write_json({**{key: run.record[key] for key in keys}, "pruned_run_id": checkpoint["run_id"], **figures,
+    write_json({**run.info.summary(), "pruned_run_id": checkpoint.run.run_id, **figures,
                 "importance_of_heads": importance.heads.tolist()}, f"{args.save_path}.prune.json")
 
 
-def check_pruning_flags(args: argparse.Namespace, config: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+def check_pruning_flags(args: argparse.Namespace, config: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Refuse flags that do not go with --do_prune, and models that have nothing to prune."""
     for flag in ("restore_path", "bert_remove_layers", "bert_use_feature_based", "gradient_checkpointing"):
         if getattr(args, flag):
             raise InputError(f"--{flag} has no meaning for --do_prune; leave it out.")
     if Path(args.save_path_pruned).absolute() == Path(args.model_path).absolute():
         raise InputError(f"--save_path_pruned={args.save_path_pruned}: that is --model_path; name another file.")
-    if checkpoint["facts"]["kind"] != "fs":
+    if checkpoint.run.encoding.kind != SUBWORDS:
         raise InputError(f"{args.model_path}: a model of word vectors, which has no attention heads; --do_prune takes "
                          "transformers.")
-    check_same_config(config, args.config, checkpoint["config"], args.model_path)
+    check_same_config(config, args.config, checkpoint.run.config, args.model_path)
 
 
-def tokenizer_folder(args: argparse.Namespace, checkpoint: dict[str, Any]) -> str:
+def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
     """Where the tokenizer of a checkpoint is: in --bert_output_dir, if of the same run, or where its run had it from.
 
     Raises:
@@ -326,10 +324,10 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: dict[str, Any]) -> st
     from pretrained.loading import load_tokenizer, tokenizer_text
     from util import RUN_ID, saved_fact
 
-    paired = saved_fact(args.bert_output_dir, RUN_ID) == checkpoint["run_id"]
-    folder = args.bert_output_dir if paired else checkpoint["flags"]["bert_model_name_or_path"]
+    paired = saved_fact(args.bert_output_dir, RUN_ID) == checkpoint.run.run_id
+    folder = args.bert_output_dir if paired else checkpoint.run.flags["bert_model_name_or_path"]
     found = hashlib.sha256(tokenizer_text(load_tokenizer(folder)).encode()).hexdigest()
-    if found != checkpoint["facts"]["vocab_sha256"]:
+    if found != checkpoint.run.encoding.vocab_sha256:
         raise InputError(f"{folder}: its tokenizer is not that of {args.model_path}; give the folder of the same run "
                          "as --bert_output_dir.")
     return folder

@@ -23,6 +23,8 @@ from dataset import EncodedData, load_table
 from pretrained.layout import layers_above
 from pretrained.loading import TransformerEmbedding
 from sentence_classifier.errors import InputError
+from sentence_classifier.tokenizers import SUBWORDS, WORDS
+from util import Checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- layers
 
@@ -168,26 +170,26 @@ class WordEmbedding(nn.Module):
     @classmethod
     def for_training(cls, data: EncodedData, args: argparse.Namespace) -> WordEmbedding:
         """The embedding that train.py begins with."""
-        table = load_table(data.path.parent / args.embedding_filename, data.facts["table"])
+        table = load_table(data.path.parent / args.embedding_filename, str(data.encoding.table))
         dropped = word_dropout_probabilities(data.word_counts(), args.word_dropout) if args.word_dropout else None
-        trainable = data.facts["seen_rows" if args.embedding_trainable else "own_rows"]
+        trainable = data.encoding.seen_rows if args.embedding_trainable else data.encoding.own_rows
         return cls(table, trainable, dropped, args.embedding_dropout)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: dict[str, Any], folders: list[str]) -> WordEmbedding:
+    def from_checkpoint(cls, checkpoint: Checkpoint, folders: list[str]) -> WordEmbedding:
         """The embedding that load_state_dict fills; its frozen rows come from a data folder."""
-        table = checkpoint["model"]["embedding.trainable"]
-        if len(table) < checkpoint["vocabulary"].count("\n"):
-            paths = [Path(folder) / checkpoint["flags"]["embedding_filename"] for folder in folders]
-            table = _find_table(paths, checkpoint["facts"]["table"])
-        return cls(table, checkpoint["embedding"]["num_trainable"])
+        table, run = checkpoint.model["embedding.trainable"], checkpoint.run
+        if len(table) < run.vocabulary.count("\n"):
+            paths = [Path(folder) / run.flags["embedding_filename"] for folder in folders]
+            table = _find_table(paths, str(run.encoding.table))
+        return cls(table, run.embedding["num_trainable"])
 
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What from_checkpoint needs to know beside the weights."""
         return {"num_trainable": self.trainable.shape[0]}
 
     def identity(self) -> dict[str, Any]:
-        """Nothing beside the data: their facts name the table."""
+        """Nothing beside the data: their encoding names the table."""
         return {}
 
 
@@ -450,10 +452,10 @@ def parameter_groups(model: Classifier, weight_decay: float, lr: float,
 
 # The embedding's class by the kind of encoded data that it reads.
 EMBEDDINGS: dict[str, type[WordEmbedding | TransformerEmbedding]] = {
-    "ids": WordEmbedding, "fs": TransformerEmbedding}
+    WORDS: WordEmbedding, SUBWORDS: TransformerEmbedding}
 
 
-def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -> Classifier:
+def load_classifier(checkpoint: Checkpoint, folders: Iterable[str | None]) -> Classifier:
     """Rebuild the classifier of a checkpoint, on the CPU.
 
     Args:
@@ -463,7 +465,8 @@ def load_classifier(checkpoint: dict[str, Any], folders: Iterable[str | None]) -
     Raises:
         InputError: the frozen vectors are in none of them.
     """
-    embedding = EMBEDDINGS[checkpoint["facts"]["kind"]].from_checkpoint(checkpoint, [f for f in folders if f])
-    model = build_model(checkpoint["config"], len(checkpoint["labels"]), embedding)
-    model.load_state_dict(checkpoint["model"])
+    run = checkpoint.run
+    embedding = EMBEDDINGS[run.encoding.kind].from_checkpoint(checkpoint, [f for f in folders if f])
+    model = build_model(run.config, len(run.labels), embedding)
+    model.load_state_dict(checkpoint.model)
     return model

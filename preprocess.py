@@ -21,6 +21,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,23 +41,14 @@ from cli.flags import (
     positive_int,
 )
 from sentence_classifier.errors import InputError, fail_cleanly
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
 from text.arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
-from text.labels import label_parser
-from text.lines import (
-    VOCABULARY_FILES,
-    LabelParser,
-    Labels,
-    Lines,
-    SubwordTokenizer,
-    WordTokenizer,
-    chunks,
-    looks_like_logits,
-    text_encoder,
-    word_tokenizer,
-)
-from text.report import RECORD, Repeats, SplitReport, record
+from text.labels import LabelParser, label_parser, looks_like_logits, read_labels, write_labels
+from text.lines import TsvReader, chunks
+from text.report import RECORD, DuplicateFinder, SplitReport, record
 from text.workers import Workers
-from util import atomic_write, sha256, sweep
+from util import EncodingInfo, atomic_write, sha256, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +122,7 @@ class TrainingLabels:
                 raise InputError(f"{self.path}: the label {label!r} reads as a teacher's logits, and the label map "
                                  f"that they follow is missing; put the class names into {self.label_path}, one a "
                                  "line.")
-            self.follow = label_parser(self.path, Labels.read(self.label_path))
+            self.follow = label_parser(self.path, read_labels(self.label_path))
         if self.follow is not None:
             self.follow(label)
         elif logits:
@@ -150,20 +142,20 @@ def count_words(path: Path, tokenizer: tuple[str, bool] | None, skip_bad_lines: 
     words: Counter[str] = Counter()
     names: dict[str, int] = {}
     parser = TrainingLabels(path, label_path)
-    lines = Lines(path, skip_bad_lines, parse_label=parser)
+    lines = TsvReader(path, skip_bad_lines, parse_label=parser)
     next(iter(lines))  # the first usable line decides what labels are
     for counts, labels in workers.map(partial(count_block, lines, tokenizer), progress(lines)):
         words.update(counts)
         for name in labels:
             names.setdefault(name, len(names))
     if parser.follow is not None:
-        return words, Labels.read(label_path)
+        return words, read_labels(label_path)
     if len(names) < 2:
         raise InputError(f"{path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
     return words, Labels(tuple(names))
 
 
-def count_block(lines: Lines, tokenizer: tuple[str, bool] | None,
+def count_block(lines: TsvReader, tokenizer: tuple[str, bool] | None,
                 block: tuple[int, bytes]) -> tuple[Counter[str], list[str]]:
     """The words of a part of train.txt, and its labels in order of first appearance."""
     first, raw = block
@@ -176,7 +168,7 @@ def count_block(lines: Lines, tokenizer: tuple[str, bool] | None,
     return words, list(lines.parse_label.names)
 
 
-def progress(lines: Lines) -> Iterator[tuple[int, bytes]]:
+def progress(lines: TsvReader) -> Iterator[tuple[int, bytes]]:
     """The blocks of a file, with a bar that knows the file's size."""
     path = Path(lines.path)
     with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
@@ -271,18 +263,18 @@ class Part(NamedTuple):
     report: SplitReport
 
 
-def encode_split(path: Path, target: Path, vocabulary: Path, parser: LabelParser, facts: dict[str, Any],
-                 skip_bad_lines: bool, repeats: Repeats, workers: Workers) -> SplitReport:
+def encode_split(path: Path, target: Path, vocabulary: Path, parser: LabelParser, info: EncodingInfo,
+                 skip_bad_lines: bool, repeats: DuplicateFinder, workers: Workers) -> SplitReport:
     """Encode one file to flat arrays; see dataset.py."""
     report = SplitReport(path.name)
     repeats.add_split(path.name)
-    lines = Lines(path, skip_bad_lines, parse_label=parser)
+    lines = TsvReader(path, skip_bad_lines, parse_label=parser)
     next(iter(lines))  # the first usable line decides what labels are
     name, column = target_column(parser)
     end = np.zeros(1, dtype=np.int64)
     with ArrayWriter(target, {"token_ids": ("i4", ()), "offsets": ("i8", ()), name: column}) as writer:
         writer.append("offsets", end)
-        for part in workers.map(partial(encode_block, lines, vocabulary, json.dumps(facts)), progress(lines)):
+        for part in workers.map(partial(encode_block, lines, vocabulary, info), progress(lines)):
             writer.append("token_ids", part.token_ids)
             writer.append("offsets", end + np.cumsum(part.lengths))
             writer.append(name, part.targets)
@@ -290,10 +282,9 @@ def encode_split(path: Path, target: Path, vocabulary: Path, parser: LabelParser
             repeats.add(part.records)
             report.add(part.report)
         writer.metadata["format"] = ENCODED_FORMAT
-        recorded = {key: value for key, value in facts.items() if key != "augmented"}
-        writer.metadata["facts"] = json.dumps({**recorded, "source_sha256": sha256(path),
-                                               "skip_bad_lines": skip_bad_lines, "sentences": report.sentences,
-                                               "skipped": report.skipped})
+        made = replace(info, augmented=False, source_sha256=sha256(path), skip_bad_lines=skip_bad_lines,
+                       sentences=report.sentences, skipped=report.skipped)
+        writer.metadata["encoding"] = json.dumps(made.to_json())
     return report
 
 
@@ -302,19 +293,19 @@ def target_column(parser: LabelParser) -> tuple[str, tuple[str, tuple[int, ...]]
     return ("logits", ("f4", (len(parser.ids),))) if parser.logits else ("labels", ("i4", ()))
 
 
-def encode_block(lines: Lines, vocabulary: Path, facts: str, block: tuple[int, bytes]) -> Part:
+def encode_block(lines: TsvReader, vocabulary: Path, info: EncodingInfo, block: tuple[int, bytes]) -> Part:
     """Encode a part of a file."""
     first, raw = block
     parser = lines.parse_label
     assert isinstance(parser, LabelParser)
-    encoder = load_encoder(vocabulary, facts)
+    tokenizer = load_tokenizer(vocabulary, info)
     report = SplitReport(str(lines.path))
     tokens, lengths, targets, records = array("i"), array("q"), [], []
     for examples in chunks(lines.parse(io.BytesIO(raw), first)):
-        rows = encoder.encode_batch([example.sentence for example in examples])
+        rows = tokenizer.tokenize_batch([example.sentence for example in examples])
         for example, (row, length) in zip(examples, rows, strict=True):
             report.lengths[length] += 1
-            report.unknown_words += row.count(encoder.unknown)
+            report.unknown_words += row.count(tokenizer.unknown)
             report.truncated += length > len(row)
             tokens.extend(row)
             lengths.append(len(row))
@@ -330,9 +321,9 @@ def encode_block(lines: Lines, vocabulary: Path, facts: str, block: tuple[int, b
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(vocabulary: Path, facts: str) -> WordTokenizer | SubwordTokenizer:
-    """The encoder by a file of this run's; each process reads it once."""
-    return text_encoder(vocabulary.read_bytes().decode("utf-8"), json.loads(facts))
+def load_tokenizer(vocabulary: Path, info: EncodingInfo) -> Tokenizer:
+    """The tokenizer by a file of this run's; each process reads it once."""
+    return make_tokenizer(vocabulary.read_bytes().decode("utf-8"), info)
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -353,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     label_path = folder / "label.txt"
     if args.augmented and not label_path.exists():
         raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
-    words = encoded_kind(config) == "ids"
+    words = encoded_kind(config) == WORDS
     tokenizer = (config["tokenizer"], config["lowercase"]) if words else None
     with Workers(args.num_workers) as workers:
         encode(args, config, folder, names, tokenizer, label_path, workers)
@@ -363,7 +354,7 @@ def encode(args: argparse.Namespace, config: dict[str, Any], folder: Path, names
            tokenizer: tuple[str, bool] | None, label_path: Path, workers: Workers) -> None:
     """Count, make the vocabulary, encode, report."""
     counts, labels = count_words(folder / SPLITS[0], tokenizer, args.skip_bad_lines, label_path, workers)
-    if args.augmented and labels != Labels.read(label_path):
+    if args.augmented and labels != read_labels(label_path):
         raise InputError(f"{label_path}: not the labels of {folder / SPLITS[0]}; run preprocess.py without "
                          "--augmented first.")
 
@@ -371,23 +362,24 @@ def encode(args: argparse.Namespace, config: dict[str, Any], folder: Path, names
     sweep(folder, ".preprocess-*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
         stage = Path(made)
-        vocabulary, facts = make_vocabulary(args, config, counts, stage) if tokenizer else make_tokenizer(args, config)
-        facts = {**facts, "n_ctx": config["n_ctx"], "labels": labels.names,
-                 "vocab_sha256": hashlib.sha256(vocabulary.encode()).hexdigest()}
-        with atomic_write(stage / VOCABULARY_FILES[facts["kind"]]) as file:
+        vocabulary, found = make_vocabulary(args, config, counts, stage) if tokenizer else read_tokenizer(args, config)
+        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=labels.names,
+                            vocab_sha256=hashlib.sha256(vocabulary.encode()).hexdigest())
+        vocabulary_path = stage / VOCABULARY_FILES[info.kind]
+        with atomic_write(vocabulary_path) as file:
             file.write(vocabulary)
         if not args.augmented:
-            labels.write(stage / "label.txt")
-        repeats = Repeats(stage)
+            write_labels(labels, stage / "label.txt")
+        repeats = DuplicateFinder(stage)
         reports = []
         for name in names:
-            parser, more = label_parser(folder / name, labels), {}
+            parser, own = label_parser(folder / name, labels), info
             if args.augmented and name == args.augmented_filename:
                 parser = label_parser(folder / name, labels, args.dummy_label, args.logits_order, required=True)
-                more = {"augmented": True, "dummy_label": args.dummy_label}
+                own = replace(info, augmented=True, dummy_label=args.dummy_label)
             reports.append(encode_split(
-                folder / name, stage / f"{name}.{facts['kind']}", stage / VOCABULARY_FILES[facts["kind"]], parser,
-                {**facts, **more}, args.skip_bad_lines, repeats, workers))
+                folder / name, stage / f"{name}.{info.kind}", vocabulary_path, parser, own, args.skip_bad_lines,
+                repeats, workers))
         for report in reports:
             for line in report.lines(labels.names, config["n_ctx"]):
                 logger.info(line)
@@ -401,7 +393,7 @@ def encode(args: argparse.Namespace, config: dict[str, Any], folder: Path, names
 
 def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], counts: Counter[str],
                     stage: Path) -> tuple[str, dict[str, Any]]:
-    """For the GloVe path: write embedding.npy into `stage`. Returns the vocabulary's text and the facts of it."""
+    """For the GloVe path: write embedding.npy into `stage`. Returns its text and what EncodingInfo says of it."""
     vectors = load_vectors(args.embedding_path)
     words, file_rows, borders = build_vocabulary(
         counts, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
@@ -416,13 +408,13 @@ def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], counts: Co
     logger.info("[vocabulary] %d words of %d dimensions, %d of them with a trained vector of their own",
                 len(words), dim, borders["own"])
     return "".join(f"{word}\n" for word in words), {
-        "kind": "ids", "tokenizer": config["tokenizer"], "lowercase": config["lowercase"],
+        "kind": WORDS, "tokenizer": config["tokenizer"], "lowercase": config["lowercase"],
         "table": fingerprint(np.load(stage / "embedding.npy", mmap_mode="r")), "own_rows": borders["own"],
         "seen_rows": borders["seen"], "embedding_path": args.embedding_path}
 
 
-def make_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """For the transformer path: the tokenizer of --bert_model_name_or_path as text, and the facts of it."""
+def read_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """For the transformer path: the tokenizer of --bert_model_name_or_path as text, and EncodingInfo of it."""
     from pretrained import loading as transformer
 
     path = args.bert_model_name_or_path
@@ -435,7 +427,7 @@ def make_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[st
                          f"{args.config} or with --n_ctx.")
     logger.info("[tokenizer] %s of %s, %d tokens", type(tokenizer).__name__, path, len(tokenizer))
     return transformer.tokenizer_text(tokenizer), {
-        "kind": "fs", "bert_model_name_or_path": path, "mask_token": tokenizer.mask_token,
+        "kind": SUBWORDS, "bert_model_name_or_path": path, "mask_token": tokenizer.mask_token,
         "leading_special": transformer.begins_with_special(tokenizer),
         "truncation_side": tokenizer.truncation_side, "empty_id": tokenizer.eos_token_id or tokenizer.unk_token_id or 0}
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, config: dict[str, Any],
 
     begun = begin(args, config)
     with ending_together(begun.accelerator, f"--resume goes on from {args.save_path}.state."):
-        trainer = Trainer(begun.model, begun.train, begun.valid, args, begun.record, begun.accelerator, on_epoch,
+        trainer = Trainer(begun.model, begun.train, begun.valid, args, begun.info, begun.accelerator, on_epoch,
                           begun.state)
         return finish(begun, trainer)["best"]
 

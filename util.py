@@ -17,18 +17,21 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from sentence_classifier.errors import FullDisk, InputError
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import TokenizerInfo
 
 if TYPE_CHECKING:  # logs and results files are written without it, too
     import torch
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 # In a saved transformer's config.json: the run that it belongs to, and what that was trained from.
 RUN_ID, IDENTITY = "classifier_run_id", "classifier_identity"
 ROOT = Path(__file__).resolve().parent
@@ -178,7 +181,30 @@ def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
+@contextlib.contextmanager
+def picture(path: str | os.PathLike[str], rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """Draw a PNG file that appears whole: yields matplotlib's figure and its axes, as pyplot.subplots returns them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
+    try:
+        yield figure, axes
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png", dpi=120)
+    finally:
+        plt.close(figure)
+
+
 # ------------------------------------------------------------------------------------------------------ the machine
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 
 def keep_freed_memory() -> None:
@@ -269,18 +295,124 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
+@dataclass(frozen=True, kw_only=True)
+class EncodingInfo(TokenizerInfo):
+    """What made an encoded file; preprocess.py writes it into the file, and a checkpoint holds that of train.txt.
+
+    Attributes:
+        labels: the label map.
+        vocab_sha256: of the vocabulary's file.
+        source_sha256: of the text.
+        sentences, skipped: how many lines were encoded, and how many bad ones were passed over.
+        dummy_label: what stands in augmented text in the place of labels that it lacks.
+        table: of words, the fingerprint of embedding.npy.
+        own_rows, seen_rows: of words, how many rows of the table the vector file lacks, and how many train.txt has.
+        leading_special: of subwords, whether each sentence begins with a special token.
+    """
+
+    labels: tuple[str, ...]
+    vocab_sha256: str
+    source_sha256: str = ""
+    skip_bad_lines: bool = False
+    sentences: int = 0
+    skipped: int = 0
+    dummy_label: str | None = None
+    table: str | None = None
+    own_rows: int = 0
+    seen_rows: int = 0
+    embedding_path: str | None = None
+    bert_model_name_or_path: str | None = None
+    leading_special: bool = False
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides about the token ids and the vectors: all but the names of the files that they came from."""
+        return {key: value for key, value in self.to_json().items() if not key.endswith("_path")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What a checkpoint, a state and a .onnx file say of the training run that they come from.
+
+    Attributes:
+        run_id: a name that no other run has.
+        identity: a hash of config and data: two runs with the same one may replace each other's files.
+        flags: train.py's, as resolved.
+        encoding: of the training data.
+        vocabulary: the content of the vocabulary's file.
+        embedding: what the embedding needs to be built again.
+    """
+
+    run_id: str
+    identity: str
+    config: dict[str, Any]
+    flags: dict[str, Any]
+    encoding: EncodingInfo
+    vocabulary: str
+    embedding: dict[str, Any]
+    versions: dict[str, str]
+    git_revision: str
+    date: str
+    command: str
+
+    @property
+    def labels(self) -> Labels:
+        """The label map."""
+        return Labels(self.encoding.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**vars(self), "encoding": self.encoding.to_json()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any], **changes: Any) -> Self:
+        """From what to_json returned.
+
+        Raises:
+            TypeError, KeyError: something is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        held = {key: value for key, value in found.items() if key in known}
+        return cls(**{**held, "encoding": EncodingInfo.from_json(found["encoding"]), **changes})
+
+    def summary(self) -> dict[str, Any]:
+        """What a results file says of the run."""
+        keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A trained model.
+
+    Attributes:
+        model: the state dict of the classifier in fp32.
+        metrics: on the valid data.
+        quantization: what quantization-aware training learned; see compression.quantization.
+    """
+
+    run: RunInfo
+    model: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+    quantization: dict[str, Any] | None = None
+
+
 def new_run_id() -> str:
     """A name for a run that no other run has."""
     return uuid.uuid4().hex[:12]
 
 
-def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str], keep: int = 0) -> None:
-    """Write a checkpoint of plain data and tensors, whole or not at all.
+def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], keep: int = 0) -> None:
+    """Write a checkpoint, whole or not at all; see save_state."""
+    save_state(checkpoint.run, {key: value for key, value in vars(checkpoint).items() if key != "run"}, path, keep)
 
-    A checkpoint at `path` that another config or other data made (its "identity" differs) is kept aside first.
+
+def save_state(run: RunInfo, content: dict[str, Any], path: str | os.PathLike[str], keep: int = 0) -> None:
+    """Write plain data and tensors of a run, whole or not at all.
+
+    A file at `path` that another config or other data made (its identity differs) is kept aside first.
 
     Args:
-        keep: so many earlier checkpoints stay as path.1 (the newest), path.2 ...
+        keep: so many earlier files stay as path.1 (the newest), path.2 ...
 
     Raises:
         InputError: it cannot be written, as on a full disk.
@@ -288,7 +420,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str], ke
     import torch
 
     path = Path(path)
-    if path.exists() and peek_identity(path) != checkpoint["identity"]:
+    if path.exists() and peek_identity(path) != run.identity:
         logger.warning("[%s came from another config or other data and is kept as %s]", path, keep_previous(path))
     elif path.exists() and keep:
         names = [path.with_name(f"{path.name}.{number}") for number in range(1, keep + 1)]
@@ -297,31 +429,32 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str], ke
                 os.replace(newer, older)
         second_name(path, names[0])
     with atomic_write(path, "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
+        torch.save({"format": CHECKPOINT_FORMAT, "run": run.to_json(), **content}, file)
 
 
 def peek_identity(path: str | os.PathLike[str]) -> str | None:
     """The identity of the checkpoint at `path`, None where the file is not one of ours."""
     try:
-        return load_state(path)["identity"]
+        return load_state(path)["run"].identity
     except InputError:
         return None
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint onto the CPU without running code from it.
 
     Raises:
         InputError: no such file, not a whole checkpoint of this toolkit, or one without a model.
     """
-    checkpoint = load_state(path)
-    if "model" not in checkpoint:
-        raise InputError(f"{path}: the state of a finished run, which holds no model; give that run's --save_path.")
-    return checkpoint
+    found = load_state(path)
+    if "metrics" not in found:
+        raise InputError(f"{path}: the state of a run, which holds no finished model; give that run's --save_path.")
+    return Checkpoint(run=found["run"], model=found["model"], metrics=found["metrics"],
+                      quantization=found["quantization"])
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a run's state or a checkpoint likewise. The state of a finished run holds no model."""
+    """Read what save_state wrote likewise: its content, and under "run" the RunInfo."""
     import torch
 
     if not Path(path).is_file():
@@ -330,13 +463,17 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path}: not a whole checkpoint of this toolkit (no zip archive, or a truncated one).")
     try:
         # Memory-mapped: an identity can be read without reading the weights.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged zip; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole checkpoint of this toolkit ({reason}).") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path}: not a checkpoint of this toolkit, or of another version of it; train again.")
-    return checkpoint
+    try:
+        if found["format"] != CHECKPOINT_FORMAT:
+            raise ValueError
+        return {**found, "run": RunInfo.from_json(found["run"])}
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: not a checkpoint of this toolkit, or of another version of it; train again."
+                         ) from None
 
 
 def saved_fact(folder: str | os.PathLike[str], key: str) -> Any:

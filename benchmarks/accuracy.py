@@ -35,7 +35,7 @@ from benchmarks.report import as_written, provenance
 from benchmarks.stages import ROOT, SPLITS, copy_splits, encode, is_trained, run_stage
 from cli.flags import encoded_kind, load_config
 from sentence_classifier.errors import InputError
-from text.lines import Lines
+from text.lines import TsvReader
 from util import sha256
 
 logger = logging.getLogger(__name__)
@@ -298,10 +298,10 @@ def encoded_facts(data: Path) -> dict[str, Any]:
     """What was encoded: checksums of the texts, the vocabulary and the vectors, and how many vectors the file has."""
     from dataset import EncodedData
 
-    splits = [EncodedData(data / f"{name}.ids").facts for name in SPLITS]
+    splits = [EncodedData(data / f"{name}.ids").encoding for name in SPLITS]
     vocabulary = (data / "vocab.txt").read_bytes().count(b"\n")
-    return {"texts": [facts["source_sha256"] for facts in splits], "vocabulary": splits[0]["vocab_sha256"],
-            "table": splits[0]["table"], "vectors": vocabulary - splits[0]["own_rows"]}
+    return {"texts": [split.source_sha256 for split in splits], "vocabulary": splits[0].vocab_sha256,
+            "table": splits[0].table, "vectors": vocabulary - splits[0].own_rows}
 
 
 def go_on(folder: Path, key: dict[str, Any], force: bool) -> bool:
@@ -418,7 +418,7 @@ BASELINES: dict[str, tuple[Fit, list[dict[str, Any]]]] = {
 
 def tune(fit: Fit, settings: list[dict[str, Any]], data: Path) -> dict[str, Any]:
     """Fit with each setting, choose by accuracy on valid, and test that one, one sentence at a time."""
-    train, valid, test = ([(e.sentence, e.label) for e in Lines(data / name)] for name in SPLITS)
+    train, valid, test = ([(e.sentence, e.label) for e in TsvReader(data / name)] for name in SPLITS)
     best: dict[str, Any] = {"valid_accuracy": -1.0}
     predict: Callable[[str], str] = str
     for setting in tqdm(settings, unit="setting", disable=None):

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.measure import Sizes, available_data, figure, interleave, launch, training_rate
 from benchmarks.stages import ROOT, SPLITS, encode
 from sentence_classifier.errors import InputError
-from text.lines import Lines
+from text.lines import TsvReader
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64
@@ -80,14 +80,14 @@ def our_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Pat
              profiler: Any = None) -> float:
     """Sentences a second as train.py trains."""
     from dataset import EncodedData
-    from training.speedups import quicken
+    from training.speedups import speed_up_training
     from util import choose_device, keep_freed_memory
 
     keep_freed_memory()
 
     def make_model() -> Any:
         model = new_classifier(name, config, path)
-        quicken(model.embedding.transformer, choose_device(flags["device"]), EncodedData(path).token_ids)
+        speed_up_training(model.embedding.transformer, choose_device(flags["device"]), EncodedData(path).token_ids)
         return model
 
     return training_rate(make_model, flags, path, precision, 0, sizes, profiler)
@@ -182,7 +182,7 @@ def make_classifier(transformer: Any, config: dict[str, Any], data: Any) -> Any:
     from model import build_model
     from pretrained.loading import TransformerEmbedding, classification_token
 
-    classify_by = classification_token(transformer, data.facts["leading_special"])
+    classify_by = classification_token(transformer, data.encoding.leading_special)
     return build_model(config, len(data.labels), TransformerEmbedding(transformer, classify_by))
 
 
@@ -200,7 +200,7 @@ def trainer_rate(name: str, data: Path, device: str, precision: str, n_ctx: int,
         TrainingArguments,
     )
 
-    examples = list(Lines(data / SPLITS[0]))
+    examples = list(TsvReader(data / SPLITS[0]))
     labels = sorted({example.label for example in examples})
     tokenizer = AutoTokenizer.from_pretrained(name)
     encoded = tokenizer([example.sentence for example in examples], truncation=True, max_length=n_ctx)

@@ -24,7 +24,7 @@ from benchmarks.stages import ROOT, SPLITS, encode, is_trained, run_stage
 from cli.flags import encoded_kind, load_config
 from sentence_classifier.classifier import BUSY_WAIT
 from sentence_classifier.errors import InputError
-from text.lines import Lines
+from text.lines import TsvReader
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Case:
         self.data = folder / "data"
         self.model = model or Path(args.checkpoints or folder) / f"{name}.pt"
         self.onnx, self.int8 = folder / "model.onnx", folder / "model.int8.onnx"
-        examples = list(Lines(source / SPLITS[2]))[: args.sizes.sentences]
+        examples = list(TsvReader(source / SPLITS[2]))[: args.sizes.sentences]
         self.sentences = [example.sentence for example in examples]
         self.written = [example.label for example in examples]
         self.targets: list[int] = []
@@ -155,12 +155,12 @@ class Case:
         from dataset import pad
         from model import load_classifier
         from sentence_classifier.classifier import load
-        from text.lines import text_encoder
+        from sentence_classifier.tokenizers import make_tokenizer
         from util import load_checkpoint
 
         torch.set_num_threads(self.args.num_threads)
         checkpoint = load_checkpoint(self.model)
-        tokenizer = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
+        tokenizer = make_tokenizer(checkpoint.run.vocabulary, checkpoint.run.encoding)
         model = load_classifier(checkpoint, [str(self.data)]).eval()
         plain = plain_session(model, self.folder / "plain.onnx", self.args.num_threads)
         dynamic = quantize(load_classifier(checkpoint, [str(self.data)]).eval(), "dqm", checkpoint, 1)
@@ -182,7 +182,7 @@ class Case:
             places = {label: place for place, label in enumerate(classifier.labels.names)}
             return lambda sentence: places[classifier.predict(sentence).label]
 
-        self.targets = [checkpoint["labels"].index(label) for label in self.written]
+        self.targets = [checkpoint.run.labels.names.index(label) for label in self.written]
         return {PLAIN: by_plain, "PyTorch": by_torch(model), "PyTorch dynamic int8": by_torch(dynamic),
                 "ONNX": by_onnx(self.onnx), "ONNX int8": by_onnx(self.int8)}
 

@@ -170,7 +170,7 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
     model = make_model()
     AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
     try:
-        trainer = TimedTrainer(model, train, train, argparse.Namespace(**flags), {},
+        trainer = TimedTrainer(model, train, train, argparse.Namespace(**flags), None,  # type: ignore
                                Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
         with tqdm(unit="step", leave=False, disable=None) as bar:
             trainer.total_steps = sizes.warm_up_steps

@@ -84,7 +84,7 @@ def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str,
         got = evaluate(case, path, *flags, threads)
         size = path.stat().st_size / 1e6
         if way == "DiffQ":
-            size = load_checkpoint(path)["quantization"]["size_mb"] * 2**20 / 1e6
+            size = (load_checkpoint(path).quantization or {})["size_mb"] * 2**20 / 1e6
         found[way] = {"accuracy": got["accuracy"], "median_ms": got["timing"]["median_ms"],
                       "mean_ms": got["timing"]["mean_ms"], "mb": size,
                       **({"changed": got["changed"]} if "changed" in got else {})}

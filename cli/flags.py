@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sentence_classifier.errors import FlagError, InputError
-from text.lines import WORD_TOKENIZERS
+from sentence_classifier.tokenizers import SUBWORDS, WORD_TOKENIZERS, WORDS
 from util import open_input
 
 DATA_DIR, EMBEDDING_PATH = "data/snips", "embeddings/glove.6B.300d.txt"  # where no flag says otherwise
@@ -115,8 +115,8 @@ TRAINING_KEYS: dict[str, Key] = {
 
 
 def encoded_kind(config: dict[str, Any]) -> str:
-    """The kind of encoded data, which is their files' ending: "fs", a transformer's subword tokens, or "ids", words."""
-    return "fs" if config["emb_class"] in TRANSFORMERS else "ids"
+    """The kind of encoded data: WORDS, or a transformer's SUBWORDS."""
+    return SUBWORDS if config["emb_class"] in TRANSFORMERS else WORDS
 
 
 def load_config(path: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def check_config(config: dict[str, Any], path: str) -> None:
             problems.append(f"{key} is {json.dumps(value)} and must be one of {', '.join(registry)}")
         else:
             allowed.update(registry[value])
-    if not problems and config["enc_class"] == "cls" and encoded_kind(config) != "fs":
+    if not problems and config["enc_class"] == "cls" and encoded_kind(config) != SUBWORDS:
         problems.append("enc_class cls reads a transformer's classification token, and words have none; take gnb, cnn, "
                         "densenet-cnn or densenet-dsa")
     if not problems:
@@ -242,10 +242,10 @@ def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection
     """
     return [word for action in parser._actions if action.dest not in leave_out and hasattr(args, action.dest)
             for value in [getattr(args, action.dest)] if value != parser.get_default(action.dest)
-            for word in spell(action, value)]
+            for word in format_flag(action, value)]
 
 
-def spell(action: argparse.Action, value: Any) -> list[str]:
+def format_flag(action: argparse.Action, value: Any) -> list[str]:
     """A flag with a value of it, as one would type them; a switch that is off is no word, or its --no- form."""
     flags = action.option_strings
     if isinstance(value, bool):

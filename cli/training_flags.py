@@ -30,15 +30,16 @@ from cli.flags import (
     positive_int,
 )
 from sentence_classifier.errors import FlagError, InputError
-from text.lines import NO_LABEL, VOCABULARY_FILES, Labels
-from util import open_input
+from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
+from text.labels import NO_LABEL, read_labels
+from util import Checkpoint, RunInfo, open_input
 
 if TYPE_CHECKING:  # `X.py --help` loads no torch
     from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = {"ids": 64, "fs": 3}  # words, with early stopping; transformers
+DEFAULT_EPOCHS = {WORDS: 64, SUBWORDS: 3}  # words, with early stopping; transformers
 
 
 def add_training_flags(parser: Parser) -> None:
@@ -150,7 +151,7 @@ def check_training_flags(parser: Parser, args: argparse.Namespace, config: dict[
     """Resolve what depends on other flags and on the config; flags that do not go together end the stage."""
     if args.fp16:
         args.mixed_precision = "fp16"
-    transformer = encoded_kind(config) == "fs"
+    transformer = encoded_kind(config) == SUBWORDS
     for flag, none in (("lora_r", None), ("layer_lr_decay", 1)):
         if getattr(args, flag) != none and (not transformer or args.bert_use_feature_based):
             parser.error(f"--{flag} is of a transformer that is trained; it goes neither with word vectors nor with "
@@ -178,19 +179,19 @@ def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, An
     train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.{kind}")
     valid = EncodedData(folder / f"valid.txt.{kind}")
     for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase"):
-        if train.facts.get(fact) != valid.facts.get(fact):
+        if getattr(train.encoding, fact) != getattr(valid.encoding, fact):
             raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
-    if Labels.read(folder / args.label_filename) != train.labels:
+    if read_labels(folder / args.label_filename) != train.labels:
         raise InputError(f"{folder / args.label_filename}: not the labels that {train.path} was encoded with; "
                          "run preprocess.py again.")
     for key in ("lowercase", "tokenizer"):
-        if config.get(key) != train.facts.get(key):
+        if config.get(key) != getattr(train.encoding, key):
             raise InputError(f"{args.config}: {key} is {json.dumps(config[key])}, and {train.path} was encoded with "
-                             f"{json.dumps(train.facts[key])}; run preprocess.py with this config.")
-    if config["n_ctx"] != train.facts["n_ctx"]:  # preprocess.py --n_ctx is allowed to differ from the config
+                             f"{json.dumps(getattr(train.encoding, key))}; run preprocess.py with this config.")
+    if config["n_ctx"] != train.encoding.n_ctx:  # preprocess.py --n_ctx is allowed to differ from the config
         logger.warning("[n_ctx] is %d in %s, and %d in the encoded data, which decide", config["n_ctx"], args.config,
-                       train.facts["n_ctx"])
-        config["n_ctx"] = train.facts["n_ctx"]
+                       train.encoding.n_ctx)
+        config["n_ctx"] = train.encoding.n_ctx
     if (train.targets == NO_LABEL).any() and not train.has_logits:
         raise InputError(f"{train.path}: its sentences have no labels; label them with evaluate.py --augmented, copy "
                          "augmented.raw.pred to augmented.txt and encode that.")
@@ -234,36 +235,26 @@ def fit_gaussian(model: Any, data: Any) -> None:
         model.decoder.fit(encodings())
 
 
-def make_record(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, embedding: Any,
-                precision: str) -> dict[str, Any]:
+def make_run_info(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, embedding: Any,
+                precision: str) -> RunInfo:
     """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
     from util import git_revision, new_run_id, versions
 
-    path = Path(args.data_dir) / VOCABULARY_FILES[train.facts["kind"]]
+    path = Path(args.data_dir) / VOCABULARY_FILES[train.encoding.kind]
     with open_input(path) as file:
         vocabulary = file.read()
-    if hashlib.sha256(vocabulary).hexdigest() != train.facts["vocab_sha256"]:
+    if hashlib.sha256(vocabulary).hexdigest() != train.encoding.vocab_sha256:
         raise InputError(f"{path}: not the vocabulary that {train.path} was encoded with; "
                          "run preprocess.py again.")
     flags = {key: value for key, value in vars(args).items() if key not in ("resume", "command")}
     flags["precision"] = precision
     # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
-    facts = {key: value for key, value in train.facts.items() if not key.endswith("_path")}
-    made_from = json.dumps([config, facts, valid.facts["source_sha256"], embedding.identity()], sort_keys=True)
-    return {
-        "run_id": new_run_id(),
-        "identity": hashlib.sha256(made_from.encode()).hexdigest(),
-        "config": config,
-        "flags": flags,
-        "labels": list(train.labels.names),
-        "facts": train.facts,
-        "vocabulary": vocabulary.decode("utf-8"),
-        "embedding": embedding.record(),
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": args.command,
-    }
+    made_from = json.dumps([config, train.encoding.decisive(), valid.encoding.source_sha256, embedding.identity()],
+                           sort_keys=True)
+    return RunInfo(run_id=new_run_id(), identity=hashlib.sha256(made_from.encode()).hexdigest(), config=config,
+                   flags=flags, encoding=train.encoding, vocabulary=vocabulary.decode("utf-8"),
+                   embedding=embedding.metadata(), versions=versions(), git_revision=git_revision(),
+                   date=time.strftime("%Y-%m-%d %H:%M:%S"), command=args.command)
 
 
 @dataclass
@@ -274,7 +265,7 @@ class Run:
     config: dict[str, Any]
     train: Any
     valid: Any
-    record: dict[str, Any]
+    info: RunInfo
     model: Any
     accelerator: Any
     state: dict[str, Any] | None  # of the run to go on with
@@ -284,7 +275,7 @@ def new_model(args: argparse.Namespace, config: dict[str, Any], train: Any) -> A
     """The untrained classifier that the config describes."""
     from model import EMBEDDINGS, build_model
 
-    embedding = EMBEDDINGS[train.facts["kind"]].for_training(train, args)
+    embedding = EMBEDDINGS[train.encoding.kind].for_training(train, args)
     return build_model(config, len(train.labels), embedding)
 
 
@@ -298,7 +289,7 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     """
     from pretrained.loading import add_lora, check_output_folder
     from training.distributed import make_accelerator
-    from training.speedups import quicken
+    from training.speedups import speed_up_training
     from training.trainer import find_state
     from util import choose_device, choose_precision, load_checkpoint, set_seed
 
@@ -306,26 +297,26 @@ def begin(args: argparse.Namespace, config: dict[str, Any],
     device = choose_device(args.device)
     precision = choose_precision(args.mixed_precision, device)
     train, valid = load_data(args, config)
-    if train.facts["kind"] == "fs":
+    if train.encoding.kind == SUBWORDS:
         check_output_folder(args.bert_output_dir, args.data_dir)
     accelerator = make_accelerator(args, device, precision)
     set_seed(args.seed)
     model = make_model(args, config, train)
-    if train.facts["kind"] == "fs":
+    if train.encoding.kind == SUBWORDS:
         # LoRA trains no token; DiffQ rounds all of them; meta pseudo labels read more text than the training data.
         whole = args.lora_r or args.enable_diffq or getattr(args, "mpl_data_path", None)
-        quicken(model.embedding.transformer, device, None if whole else train.token_ids)
-    record = make_record(args, config, train, valid, model.embedding, precision)
+        speed_up_training(model.embedding.transformer, device, None if whole else train.token_ids)
+    info = make_run_info(args, config, train, valid, model.embedding, precision)
     state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
     if args.resume and not state:
         logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
     if args.restore_path and not state:
-        restore(model, load_checkpoint(args.restore_path), record, args.restore_path)
+        restore(model, load_checkpoint(args.restore_path), info, args.restore_path)
     elif config["enc_class"] == "gnb" and not state:
         fit_gaussian(model, train)
     if args.lora_r:
         add_lora(model.embedding.transformer, args.lora_r)
-    return Run(args, config, train, valid, record, model, accelerator, state)
+    return Run(args, config, train, valid, info, model, accelerator, state)
 
 
 def finish(run: Run, trainer: Trainer, more: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -341,21 +332,20 @@ def finish(run: Run, trainer: Trainer, more: dict[str, Any] | None = None) -> di
     from training.distributed import described
     from util import write_json
 
-    args, record, accelerator = run.args, run.record, run.accelerator
-    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", record["run_id"], args.config,
-                accelerator.device, record["flags"]["precision"], len(run.train), trainer.total_steps,
+    args, info, accelerator = run.args, run.info, run.accelerator
+    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", info.run_id, args.config,
+                accelerator.device, info.flags["precision"], len(run.train), trainer.total_steps,
                 described(accelerator))
     try:
         best = trainer.fit()
-        keys = ("run_id", "date", "git_revision", "command", "versions", "config", "flags")
-        results = {**{key: record[key] for key in keys}, **(more or {}), "best": best, "history": trainer.history}
+        results = {**info.summary(), **(more or {}), "best": best, "history": trainer.history}
         if accelerator.is_main_process:
             logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
                         best["valid_loss"], best["valid_accuracy"], args.save_path)
             write_json(results, f"{args.save_path}.train.json")
     finally:  # an interrupted run leaves a whole pair, too
         if isinstance(run.model.embedding, TransformerEmbedding) and trainer.best and accelerator.is_main_process:
-            publish(args, record["identity"])
+            publish(args, info.identity)
     accelerator.wait_for_everyone()
     return results
 
@@ -368,19 +358,19 @@ def publish(args: argparse.Namespace, identity: str) -> None:
 
     checkpoint = load_checkpoint(args.save_path)
     model = load_classifier(checkpoint, [])
-    save_pretrained(model.embedding.transformer, load_tokenizer(args.bert_model_name_or_path), checkpoint["labels"],
-                    checkpoint["run_id"], identity, args.bert_output_dir)
-    logger.info("[transformer and tokenizer of run %s] -> %s", checkpoint["run_id"], args.bert_output_dir)
+    save_pretrained(model.embedding.transformer, load_tokenizer(args.bert_model_name_or_path),
+                    list(checkpoint.run.labels.names), checkpoint.run.run_id, identity, args.bert_output_dir)
+    logger.info("[transformer and tokenizer of run %s] -> %s", checkpoint.run.run_id, args.bert_output_dir)
 
 
-def restore(model: Any, checkpoint: dict[str, Any], record: dict[str, Any], path: str) -> None:
+def restore(model: Any, checkpoint: Checkpoint, info: RunInfo, path: str) -> None:
     """Begin with another run's weights; they must fit one to one, and mean the same."""
     for key in ("labels", "vocabulary"):
-        if checkpoint[key] != record[key]:
+        if getattr(checkpoint.run, key) != getattr(info, key):
             raise InputError(f"{path}: its {key} differ from those of the data; encode the data as for that run, or "
                              "train without --restore_path.")
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint.model)
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{path}: its weights do not fit this config and vocabulary ({reason}).") from None

@@ -38,14 +38,14 @@ from model import Classifier, WordEmbedding
 from sentence_classifier.classifier import (
     BUSY_WAIT,
     INPUTS,
+    METADATA_KEY,
     ONNX_FORMAT,
     OUTPUT,
-    RECORD_KEY,
     VOCABULARY_KEY,
     make_session,
 )
 from sentence_classifier.errors import InputError
-from util import atomic_write
+from util import Checkpoint, RunInfo, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -342,19 +342,21 @@ def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray],
 # ----------------------------------------------------------------------------------------------------------- write
 
 
-def make_record(checkpoint: dict[str, Any], **more: Any) -> dict[str, Any]:
+def make_metadata(run: RunInfo, **more: Any) -> dict[str, Any]:
     """What a .onnx file says of itself beside the vocabulary."""
-    keys = ("run_id", "labels", "facts", "config", "flags")
-    return {"format": ONNX_FORMAT, **{key: checkpoint[key] for key in keys}, **more}
+    said = run.to_json()
+    del said["vocabulary"]
+    return {"format": ONNX_FORMAT, "run": said, **more}
 
 
-def write(graph: onnx.ModelProto, record: dict[str, Any], vocabulary: str, path: str | Path) -> int:
+def write(graph: onnx.ModelProto, metadata: dict[str, Any], vocabulary: str, path: str | Path) -> int:
     """Write a graph with its metadata, whole or not at all. Returns the file's size in bytes."""
     import json
 
     made = _copy(graph)
     del made.metadata_props[:]
-    onnx.helper.set_model_props(made, {RECORD_KEY: json.dumps(record, ensure_ascii=False), VOCABULARY_KEY: vocabulary})
+    said = json.dumps(metadata, ensure_ascii=False)
+    onnx.helper.set_model_props(made, {METADATA_KEY: said, VOCABULARY_KEY: vocabulary})
     content = made.SerializeToString()
     with atomic_write(path, "wb") as file:
         file.write(content)
@@ -364,7 +366,7 @@ def write(graph: onnx.ModelProto, record: dict[str, Any], vocabulary: str, path:
 # --------------------------------------------------------------------------------------------------------- convert
 
 
-def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: str, int8_path: str | None,
+def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, int8_path: str | None,
             opset: int = DEFAULT_OPSET, num_threads: int = 0, int8_mb: float | None = None) -> None:
     """Write a classifier as a .onnx file and, where `int8_path` is given, as an int8 one.
 
@@ -376,25 +378,26 @@ def convert(model: Classifier, checkpoint: dict[str, Any], folder: Path, path: s
     Raises:
         InputError: a check fails; the file is not written.
     """
-    kind, n_ctx = checkpoint["facts"]["kind"], checkpoint["facts"]["n_ctx"]
+    run = checkpoint.run
+    kind, n_ctx = run.encoding.kind, run.encoding.n_ctx
     valid = EncodedData(folder / f"valid.txt.{kind}")
-    check_same_data(valid, checkpoint, checkpoint["flags"]["save_path"])
+    check_same_data(valid, run, run.flags["save_path"])
     rows = check_rows(valid, n_ctx)
     exported = export_graph(model, opset)
     graph = simplify(exported, n_ctx)
     fused = fuse(graph)
     worst = check(fused, model, rows, num_threads)
-    size = write(fused, make_record(checkpoint, opset=opset, difference=worst), checkpoint["vocabulary"], path)
+    size = write(fused, make_metadata(run, opset=opset, difference=worst), run.vocabulary, path)
     logger.info("[ONNX] %d valid sentences as in PyTorch, logits within %.1g, %.1f MB -> %s", len(rows), worst,
                 size / 1e6, path)
     if int8_path:
         train = EncodedData(folder / f"train.txt.{kind}")
         trained = {}
-        if (checkpoint.get("quantization") or {}).get("way") in ("qat", "qat_fx"):
+        if checkpoint.quantization and checkpoint.quantization["way"] in ("qat", "qat_fx"):
             graph = simplify(exported, n_ctx, pack=False)
-            trained = trained_scales(exported, graph, checkpoint["quantization"]["scales"])
+            trained = trained_scales(exported, graph, checkpoint.quantization["scales"])
         made, figures = choose_int8(graph, fused, train, valid, num_threads, trained=trained, int8_mb=int8_mb)
-        size = write(made, make_record(checkpoint, opset=opset, int8=figures), checkpoint["vocabulary"], int8_path)
+        size = write(made, make_metadata(run, opset=opset, int8=figures), run.vocabulary, int8_path)
         logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", figures["setting"], size / 1e6, int8_path)
 
 

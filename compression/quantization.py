@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from model import Classifier, GaussianDecoder, WordEmbedding
 from sentence_classifier.errors import InputError
+from util import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,7 @@ def _kernel(matrix: Tensor, bias: Tensor | None, scales: Tensor,
 class Quantization:
     """What the training loop asks of a way of quantization, made from a model, its optimizer and flags."""
 
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What a checkpoint says of the quantization: plain data and tensors."""
         return {}
 
@@ -274,7 +275,7 @@ class FakeQuantization(Quantization):
         for module in self.products.values():  # a frozen transformer's ranges have to be found in training, too
             module.training = model.training
 
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         scales = {}
         for name, module in self.products.items():
             assert isinstance(module, FakeProduct)
@@ -331,7 +332,7 @@ class DiffQuantization(Quantization):
         return {name: value for name, value in state.items() if not name.endswith(DIFFQ_SUFFIX)}
 
     @torch.no_grad()
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         tensors = {}
         for own in self.quantizer._qparams:
             if own.other is None:
@@ -354,7 +355,7 @@ def start_quantization(model: Classifier, optimizer: torch.optim.Optimizer,
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def scales_of(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def scales_of(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """The scales of each product of a model trained with --enable_qat or --enable_qat_fx, by module name.
 
     Returns:
@@ -369,15 +370,15 @@ def scales_of(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return _trained_in(checkpoint, "qat", "qat_fx")["scales"]
 
 
-def _trained_in(checkpoint: dict[str, Any], *ways: str) -> dict[str, Any]:
-    trained = checkpoint.get("quantization") or {"way": None}
+def _trained_in(checkpoint: Checkpoint, *ways: str) -> dict[str, Any]:
+    trained = checkpoint.quantization or {"way": None}
     if trained["way"] not in ways:
         said = f", but with --enable_{trained['way']}" if trained["way"] else ""
         raise InputError(f"the model was not trained with {' or '.join(f'--enable_{way}' for way in ways)}{said}.")
     return trained
 
 
-def quantize(model: Classifier, way: str, checkpoint: dict[str, Any], batch_size: int) -> Any:
+def quantize(model: Classifier, way: str, checkpoint: Checkpoint, batch_size: int) -> Any:
     """A trained model with the weights that a way of quantization gives it, for evaluation on the CPU.
 
     Args:
@@ -405,11 +406,11 @@ def quantize(model: Classifier, way: str, checkpoint: dict[str, Any], batch_size
     logger.info("[int8] %.1f %% of the %d weights of matrices and convolutions, in %d products; model %.2f MB, in fp32 "
                 "%.2f MB", 100 * covered / total, total, len(entries), (before - 3 * covered) / 1e6, before / 1e6)
     if way == "qat_fx":
-        return CompiledGraph(model, batch_size, checkpoint["facts"]["n_ctx"])
+        return CompiledGraph(model, batch_size, checkpoint.run.encoding.n_ctx)
     return model
 
 
-def restore_diffq(model: Classifier, checkpoint: dict[str, Any]) -> None:
+def restore_diffq(model: Classifier, checkpoint: Checkpoint) -> None:
     """Put the weights in that DiffQ's levels and bits stand for: low + (high - low) level / (2^bits - 1).
 
     Raises:

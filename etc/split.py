@@ -22,7 +22,7 @@ from download import say
 
 from cli.flags import Parser, natural_int
 from sentence_classifier.errors import InputError, fail_cleanly
-from text.lines import Lines
+from text.lines import TsvReader
 from util import atomic_write
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{path}: is the file to split; choose another --base_path or --output_dir.")
         if path.exists() and not args.force:
             raise InputError(f"{path}: already there; move it away, or pass --force to replace it.")
-    examples = Lines(args.data_path, args.skip_bad_lines)
+    examples = TsvReader(args.data_path, args.skip_bad_lines)
     lines = [f"{example.sentence}\t{example.label}\n" for example in examples]
     if len(lines) < len(paths):
         raise InputError(f"{args.data_path}: {len(lines)} usable lines are too few for three files.")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dataset import EncodedData
 from pretrained.layout import NUM_HEADS, keep_first_heads, layer_lists, layer_parts
 from sentence_classifier.errors import InputError
-from util import IDENTITY, RUN_ID, keep_previous, refuse_full_disk, saved_fact, sweep, sync_folder
+from util import IDENTITY, RUN_ID, Checkpoint, keep_previous, refuse_full_disk, saved_fact, sweep, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -269,8 +269,8 @@ class TransformerEmbedding(nn.Module):
         """The embedding that training begins with: `model`, or that of --bert_model_name_or_path."""
         path = args.bert_model_name_or_path
         made = tokenizer_text(load_tokenizer(path))
-        if hashlib.sha256(made.encode()).hexdigest() != data.facts["vocab_sha256"]:
-            raise InputError(f"{data.path}: encoded with the tokenizer of {data.facts['bert_model_name_or_path']}, "
+        if hashlib.sha256(made.encode()).hexdigest() != data.encoding.vocab_sha256:
+            raise InputError(f"{data.path}: encoded with the tokenizer of {data.encoding.bert_model_name_or_path}, "
                              f"which is not that of {path}; run preprocess.py with "
                              f"--bert_model_name_or_path={path}.")
         model = model or load_pretrained(path)
@@ -279,8 +279,8 @@ class TransformerEmbedding(nn.Module):
         rows = model.get_input_embeddings().num_embeddings
         if int(data.token_ids.max()) >= rows:
             raise InputError(f"{path}: its tokenizer has more tokens than the model has embeddings ({rows}).")
-        check_length(model, data.facts["n_ctx"], path)
-        embedding = cls(model, classification_token(model, data.facts["leading_special"]),
+        check_length(model, data.encoding.n_ctx, path)
+        embedding = cls(model, classification_token(model, data.encoding.leading_special),
                         args.bert_use_feature_based, args.token_cutoff)
         check_padding(embedding, path)
         if args.gradient_checkpointing:
@@ -291,12 +291,12 @@ class TransformerEmbedding(nn.Module):
         return embedding
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: dict[str, Any], folders: list[str]) -> TransformerEmbedding:
+    def from_checkpoint(cls, checkpoint: Checkpoint, folders: list[str]) -> TransformerEmbedding:
         """The embedding that load_state_dict fills."""
-        record = checkpoint["embedding"]
-        return cls(build_from_config(json.loads(record["config"])), record["classify_by"])
+        made = checkpoint.run.embedding
+        return cls(build_from_config(json.loads(made["config"])), made["classify_by"])
 
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What from_checkpoint needs to know beside the weights."""
         return {"config": self.transformer.config.to_json_string(use_diff=False), "classify_by": self.classify_by}
 

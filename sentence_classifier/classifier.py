@@ -21,11 +21,12 @@ import numpy as np
 import onnxruntime
 
 from sentence_classifier.errors import InputError
-from text.lines import Labels, text_encoder
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import TokenizerInfo, make_tokenizer
 
 # In a .onnx file's metadata: what the file says of itself, as JSON, and the vocabulary or tokenizer that it reads with.
-RECORD_KEY, VOCABULARY_KEY = "classifier", "vocabulary"
-ONNX_FORMAT = 1
+METADATA_KEY, VOCABULARY_KEY = "classifier", "vocabulary"
+ONNX_FORMAT = 2
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
 BUSY_WAIT = 0.1  # seconds after an answer in which a session's threads may still wait busily for the next request
 
@@ -72,17 +73,20 @@ class OnnxClassifier:
     """A loaded .onnx file.
 
     Attributes:
-        record: what the file says of itself; see export.make_record.
+        metadata: what the file says of itself; compression.onnx_export writes it.
         labels: the label map.
-        tokenizer: from a sentence to its token ids; see text.text_encoder.
+        tokenizer: from a sentence to its token ids.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, record: dict[str, Any], vocabulary: str) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, Any], vocabulary: str) -> None:
         self.session = session
-        self.record = record
-        self.labels = Labels(tuple(record["labels"]))
-        self.tokenizer = text_encoder(vocabulary, record["facts"])
-        self._ones = np.ones((1, max(1, record["facts"]["n_ctx"])), dtype=bool)
+        self.metadata = metadata
+        self.vocabulary = vocabulary
+        encoding = metadata["run"]["encoding"]
+        info = TokenizerInfo.from_json(encoding)
+        self.labels = Labels(tuple(encoding["labels"]))
+        self.tokenizer = make_tokenizer(vocabulary, info)
+        self._ones = np.ones((1, max(1, info.n_ctx)), dtype=bool)
 
     def logits(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Logits [B, C] float32 of a batch of token id rows."""
@@ -118,7 +122,7 @@ class OnnxClassifier:
         try:
             if isinstance(texts, str):
                 return self._answer(self.probabilities([self.tokenizer(texts)])[0])
-            rows = [row for row, _ in self.tokenizer.encode_batch(texts)]
+            rows = [row for row, _ in self.tokenizer.tokenize_batch(texts)]
         except TypeError:  # what tokenizers raises for such text, without saying which
             _check_text([texts] if isinstance(texts, str) else texts)
             raise
@@ -163,15 +167,15 @@ def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
     except Exception as error:  # onnxruntime raises a dozen kinds for a damaged file; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole ONNX file that ONNX Runtime can use ({reason}).") from None
-    metadata = session.get_modelmeta().custom_metadata_map
-    if not {RECORD_KEY, VOCABULARY_KEY} <= set(metadata):
+    found = session.get_modelmeta().custom_metadata_map
+    if not {METADATA_KEY, VOCABULARY_KEY} <= set(found):
         raise InputError(f"{path}: an ONNX file without this toolkit's metadata; write it with evaluate.py "
                          "--convert_onnx.")
     try:
-        record = json.loads(metadata[RECORD_KEY])
-        if record["format"] != ONNX_FORMAT or {one.name for one in session.get_inputs()} != set(INPUTS):
+        metadata = json.loads(found[METADATA_KEY])
+        if metadata["format"] != ONNX_FORMAT or {one.name for one in session.get_inputs()} != set(INPUTS):
             raise ValueError("of another version of this toolkit")
-        return OnnxClassifier(session, record, metadata[VOCABULARY_KEY])
+        return OnnxClassifier(session, metadata, found[VOCABULARY_KEY])
     except InputError:
         raise
     except Exception as error:  # likewise, of tokenizers

@@ -139,7 +139,7 @@ def weights(path: str | Path) -> dict[str, Any]:
     """The tensors of a checkpoint."""
     from util import load_checkpoint
 
-    return load_checkpoint(path)["model"]
+    return load_checkpoint(path).model
 
 
 def same_weights(one: str | Path, other: str | Path) -> bool:
@@ -189,3 +189,13 @@ def naive(content: bytes, labelled: bool = True) -> list[tuple[int, str, str] | 
         good = len(fields) == (2 if labelled else 1) and "\0" not in text and all(field.strip() for field in fields)
         found.append((number, fields[0].strip(), fields[1].strip() if labelled else "") if good else number)
     return found
+
+
+def make_run_info(**changes: Any) -> Any:
+    """What a checkpoint says of a run that never was."""
+    from util import EncodingInfo, RunInfo
+
+    encoding = EncodingInfo(kind="ids", n_ctx=100, tokenizer="whitespace", lowercase=True, labels=("no", "yes"),
+                            vocab_sha256="0")
+    return RunInfo(**{"run_id": "a", "identity": "a", "config": {}, "flags": {}, "encoding": encoding, "vocabulary": "",
+                      "embedding": {}, "versions": {}, "git_revision": "", "date": "", "command": "", **changes})

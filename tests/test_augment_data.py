@@ -22,7 +22,7 @@ import augment_data
 from augment_data import Augmenter, Lexicon, make_lexicon
 from sentence_classifier.errors import InputError
 from text import tagging
-from text.labels import find_record, write_record
+from text.labels import find_logits_info, write_logits_info
 
 MASK = "[MASK]"
 
@@ -203,15 +203,15 @@ def test_logits_are_kept_to_the_letter_with_their_record(tmp_path: Path, recorde
     source = tmp_path / "augmented.raw.pred"
     write_lines(source, [("a b c d", "1.5 -2e-05"), ("e f g h", "0.1 0.25")])
     if recorded:
-        write_record(source, ["no", "yes"], teacher={"run_id": "abc"})
+        write_logits_info(source, ["no", "yes"], teacher={"run_id": "abc"})
     target = run(source, "--no_analyzer", "--preserve_label", output="more.raw")
     assert {label for _, label in rows(target)} == {"1.5 -2e-05", "0.1 0.25"}
-    record = find_record(target)
+    record = find_logits_info(target)
     assert (record is not None) == recorded
     if record:
         assert record["labels"] == ["no", "yes"] and record["teacher"] == {"run_id": "abc"}
         assert record["source"]["file"] == source.name
-    assert find_record(run(source, "--no_analyzer", output="unlabelled.raw")) is None
+    assert find_logits_info(run(source, "--no_analyzer", output="unlabelled.raw")) is None
 
 
 # --------------------------------------------------------------------------------------------------------- refused

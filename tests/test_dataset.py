@@ -13,7 +13,7 @@ from helpers import write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import BucketSampler, EncodedData, load_table, make_loader, pad, share
+from dataset import BucketSampler, EncodedData, load_table, make_loader, pad, shard
 from sentence_classifier.errors import InputError
 from text.arrays import ArrayWriter, fingerprint
 
@@ -63,7 +63,7 @@ def test_unshuffled_longest_first() -> None:
 
 @given(count=st.integers(1, 200), size=st.integers(1, 9), processes=st.integers(1, 5))
 def test_shares(count: int, size: int, processes: int) -> None:
-    shares = [share(np.arange(count), size, processes, process) for process in range(processes)]
+    shares = [shard(np.arange(count), size, processes, process) for process in range(processes)]
     assert sorted(place for parts in shares for part in parts for place in part) == list(range(count))
     assert len({len(parts) for parts in shares}) == 1  # they compute in step
     assert max(len(part) for parts in shares for part in parts) <= size
@@ -73,7 +73,7 @@ def test_shares(count: int, size: int, processes: int) -> None:
 
 def test_who_has_no_sentence_gets_one_that_counts_for_nothing(encoded: Place) -> None:
     data = EncodedData(encoded.data / "train.txt.ids")
-    (idle,) = make_loader(data, share(np.array([7]), 4, processes=2, process=1))
+    (idle,) = make_loader(data, shard(np.array([7]), 4, processes=2, process=1))
     assert len(idle) == 0 and idle.input_ids.shape[0] == 1 and idle.attention_mask.any()
 
 

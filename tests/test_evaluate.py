@@ -22,7 +22,6 @@ from test_util import malicious_zip
 import evaluate
 import preprocess
 import train
-from text.lines import Labels
 
 LINES = make_lines(21, 2)  # test.txt
 
@@ -62,7 +61,7 @@ def test_predictions_and_results_agree(trained: Place) -> None:
     evaluate.main(trained.evaluate_flags())
     rows = predictions(trained)
     assert [(sentence, label) for sentence, label, _ in rows] == LINES
-    names = Labels.read(trained.data / "label.txt").names
+    names = read_labels(trained.data / "label.txt").names
     matrix = [[sum(label == one and said == other for _, label, said in rows) for other in names] for one in names]
     correct = sum(label == said for _, label, said in rows)
     found = results(trained)
@@ -143,7 +142,7 @@ def test_input_path(trained: Place, monkeypatch: pytest.MonkeyPatch, flags: list
     assert [[record["sentence"], record["label"]] for record in records] == [
         [sentence, said] for sentence, _, said in predictions(trained)]
     for record in records:
-        assert set(record["probabilities"]) == set(Labels.read(trained.data / "label.txt").names)
+        assert set(record["probabilities"]) == set(read_labels(trained.data / "label.txt").names)
         assert sum(record["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
         assert record["probability"] == max(record["probabilities"].values())
         assert record["probabilities"][record["label"]] == record["probability"]
@@ -280,7 +279,7 @@ def test_damaged_raw_text(arena: Place, place: int, cut: int, put: bytes) -> Non
     path = arena.data / "test.txt"
     content = path.read_bytes()
     place %= len(content)
-    names = Labels.read(arena.data / "label.txt").names
+    names = read_labels(arena.data / "label.txt").names
     before = snapshot(arena.data)
     try:
         path.write_bytes(content[:place] + put + content[place + cut :])

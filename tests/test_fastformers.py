@@ -121,7 +121,7 @@ def test_a_student_begins_as_layers_of_its_teacher(name: str, school_once: Schoo
     evaluate.main([f"--model_path={school.student}", f"--bert_output_dir={school.root / 'student'}", "--device=cpu"])
     model = load_pretrained(str(school.root / "student"))
     assert model.config.num_hidden_layers == 2 and len(load_tokenizer(str(school.root / "student")))
-    assert load_checkpoint(school.student)["run_id"] == school.results()["run_id"] == model.config.classifier_run_id
+    assert load_checkpoint(school.student).run.run_id == school.results()["run_id"] == model.config.classifier_run_id
     assert school.results()["command"].startswith("fastformers.py ")
     assert Path(f"{school.student}.curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -184,7 +184,7 @@ def test_a_student_of_words_from_a_transformer(school: School) -> None:
     preprocess.main([*words, f"--embedding_path={school.root / 'vectors.txt'}"])
     fastformers.main(school.distill_flags("--hard_loss_ratio=0.5", "--embedding_trainable", "--rdrop=1"))
     evaluate.main([f"--model_path={school.student}", "--device=cpu"])
-    assert school.results()["teacher"]["run_id"] == load_checkpoint(school.root / "teacher.pt")["run_id"]
+    assert school.results()["teacher"]["run_id"] == load_checkpoint(school.root / "teacher.pt").run.run_id
     for flag in INSIDE:
         assert "the teacher reads other tokens" in refusal(fastformers.main, *school.distill_flags(flag))
     assert "different vocabularies" in refusal(fastformers.main, *school.distill_flags("--student_init_layers=0"))

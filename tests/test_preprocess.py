@@ -71,7 +71,7 @@ def test_writes_these_files_and_no_others(raw: Place) -> None:
     preprocess.main(raw.preprocess_flags())
     after = snapshot(raw.data)
     assert set(after) == set(before) | MADE and {name: after[name] for name in before} == before
-    assert Labels.read(raw.data / "label.txt").names == tuple(INTENTS)  # in order of first appearance
+    assert read_labels(raw.data / "label.txt").names == tuple(INTENTS)  # in order of first appearance
     for split, (name, count) in enumerate(zip(SPLITS, (46, 16, 21), strict=True)):
         check_decoded(raw.data, name, make_lines(count, split))
 
@@ -133,7 +133,7 @@ def test_report(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_encoding_is_what_raw_text_inference_reads(encoded: Place) -> None:
     data = EncodedData(encoded.data / "test.txt.ids")
-    tokenize = WordTokenizer((encoded.data / "vocab.txt").read_text(encoding="utf-8"), data.facts)
+    tokenize = WordTokenizer((encoded.data / "vocab.txt").read_text(encoding="utf-8"), data.encoding)
     expected = [token for sentence, _ in make_lines(21, 2) for token in tokenize(sentence)]
     assert data.token_ids.tolist() == expected
 
@@ -444,7 +444,7 @@ def test_logits_as_labels(raw: Place) -> None:
     expected = [[float(part) for part in label.split()] for _, label in lines]
     np.testing.assert_array_equal(np.array(found, np.float32), np.array(expected, np.float32))
     assert EncodedData(raw.data / "valid.txt.ids").has_logits is False
-    assert Labels.read(raw.data / "label.txt").names == tuple(INTENTS)
+    assert read_labels(raw.data / "label.txt").names == tuple(INTENTS)
 
 
 @settings(max_examples=40)

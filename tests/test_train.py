@@ -109,7 +109,7 @@ def check_whole(place: Place) -> None:
         if path.name.startswith("."):
             assert path.name.endswith(".tmp"), path
         elif path.name.startswith("model.pt"):
-            assert path.suffix in (".pt", ".state", ".epoch") and load_checkpoint(path)["identity"]
+            assert path.suffix in (".pt", ".state", ".epoch") and load_checkpoint(path).run.identity
 
 
 def kill_at(place: Place, flags: list[str], states: int, fraction: float) -> bool:
@@ -255,12 +255,12 @@ def test_files_of_a_run(encoded: Place, caplog: pytest.LogCaptureFixture) -> Non
     assert made - events == {"model.pt", "model.pt.state", "model.pt.train.json", "train.log", "runs",
                              str(Path(sorted(events)[0]).parent)}
     checkpoint = load_checkpoint(encoded.model)
-    assert checkpoint["config"] == {**json.loads(encoded.config.read_text()), "tokenizer": "whitespace"}
-    assert checkpoint["flags"]["lr"] == 0.02
-    assert checkpoint["labels"] == list(Labels.read(encoded.data / "label.txt").names)
+    assert checkpoint.run.config == {**json.loads(encoded.config.read_text()), "tokenizer": "whitespace"}
+    assert checkpoint.run.flags["lr"] == 0.02
+    assert checkpoint.run.labels.names == list(read_labels(encoded.data / "label.txt").names)
     assert {"versions", "git_revision", "date", "command", "run_id"} <= set(checkpoint)
     found = results(encoded)
-    assert found["best"] == checkpoint["metrics"] and found["run_id"] == checkpoint["run_id"]
+    assert found["best"] == checkpoint.metrics and found["run_id"] == checkpoint.run.run_id
     assert found["flags"]["lr"] == 0.02 and found["best"]["valid_loss"] == min(
         point["valid_loss"] for point in found["history"])
     log = (encoded.root / "train.log").read_text()
@@ -385,7 +385,7 @@ def test_learning_from_augmented_logits(encoded: Place, teacher: Place) -> None:
                                              f"--logits_order={teacher.data / 'label.txt'}"))
     train.main(encoded.train_flags("--augmented", "--criterion=MSELoss", "--epoch=8", "--word_dropout=1"))
     assert results(encoded)["best"]["valid_accuracy"] > 0.6
-    assert load_checkpoint(encoded.model)["facts"]["sentences"] == 60
+    assert load_checkpoint(encoded.model).run.encoding.sentences == 60
 
 
 @pytest.mark.parametrize("criterion", ["MSELoss", "KLDivLoss"])
@@ -409,7 +409,7 @@ def refused_without_a_trace(place: Place, *flags: Any) -> str:
 
 
 def edit_labels(data: Path) -> None:
-    names = Labels.read(data / "label.txt").names
+    names = read_labels(data / "label.txt").names
     Labels(tuple(reversed(names))).write(data / "label.txt")
 
 
@@ -547,7 +547,7 @@ def test_a_full_disk_loses_nothing(encoded: Place, tmp_path: Path, file: str) ->
 
 def test_keeping_checkpoints(encoded: Place) -> None:
     train.main(encoded.train_flags("--epoch=5", "--measure=last", "--keep_checkpoints=2"))
-    kept = [load_checkpoint(f"{encoded.model}{number}")["metrics"]["epoch"] for number in ("", ".1", ".2")]
+    kept = [load_checkpoint(f"{encoded.model}{number}").metrics["epoch"] for number in ("", ".1", ".2")]
     assert kept == [5, 4, 3] and not Path(f"{encoded.model}.3").exists()
     evaluate.main(encoded.evaluate_flags(f"--model_path={encoded.model}.2"))
 

@@ -34,7 +34,7 @@ def saved(path: Path, identity: str = "a", number: float = 1.0) -> bytes:
 
 def test_round_trip() -> None:
     saved(Path("model.pt"), number=2.5)
-    assert torch.equal(load_checkpoint("model.pt")["model"]["w"], torch.full((3,), 2.5))
+    assert torch.equal(load_checkpoint("model.pt").model["w"], torch.full((3,), 2.5))
     assert peek_identity("model.pt") == "a" and peek_identity("missing.pt") is None
 
 

@@ -1,4 +1,4 @@
-"""A teacher's labels: logits in the place of class names, and a record beside the file of which classes they are.
+"""Labels as files have them: class names in label.txt and in text, or a teacher's logits in their place.
 
 A row of numbers does not say which class its columns mean. So beside a file with logits stands
 `logits-CHECKSUM.json`, named after the file's content: it is found for a copy under another name in the same folder,
@@ -9,33 +9,132 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from sentence_classifier.errors import InputError
-from text.lines import LabelParser, Labels, Lines, chunks, progress
+from sentence_classifier.labels import Labels, normalize_label
 from util import atomic_write, open_input, sha256
 
-if TYPE_CHECKING:  # it imports torch
-    from dataset import EncodedData
-
 logger = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------------------------------------- names and logits
+
+
+def read_labels(path: str | os.PathLike[str]) -> Labels:
+    """Read label.txt: one name a line, the line's place is the id."""
+    with open_input(path) as file:
+        try:
+            lines = file.read().decode("utf-8-sig").removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: broken UTF-8; run preprocess.py again.") from None
+    names = [normalize_label(line) for line in lines]
+    if len(set(names)) != len(names) or not all(names):
+        raise InputError(f"{path}: an empty or repeated label; run preprocess.py again.")
+    return Labels(tuple(names))
+
+
+def write_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
+    """Write label.txt."""
+    with atomic_write(path) as file:
+        file.writelines(f"{name}\n" for name in labels.names)
+
+
+NO_LABEL = -1  # the target of text without a label
+
+
+def looks_like_logits(label: str) -> bool:
+    """Whether a label is two or more numbers separated by blanks, as a teacher's logits are."""
+    try:
+        return len([float(part) for part in label.split()]) > 1
+    except ValueError:
+        return False
+
+
+class LabelParser:
+    """Turns a file's labels into targets: class ids, or a teacher's logits. The first usable label decides.
+
+    Args:
+        labels: the label map.
+        dummy: what stands in the place of a label in text that has none, unless the label map has it; such text gets
+            the target NO_LABEL. None: text without labels is an error.
+        columns: asked once, at the first logits, for the column of each label; None: they are in the labels' order.
+
+    Attributes:
+        logits: True where the file holds logits, None before the first label.
+    """
+
+    def __init__(self, labels: Labels, dummy: str | None = None,
+                 columns: Callable[[], list[int] | None] | None = None) -> None:
+        self.ids = labels.index()
+        self.dummy = None if dummy in self.ids else dummy
+        self.columns = columns
+        self.order: list[int] | None = None
+        self.logits: bool | None = None
+        self.labelled: bool | None = None
+
+    def __call__(self, label: str) -> int | list[float]:
+        """The target of one label.
+
+        Raises:
+            ValueError: an unknown label, logits of the wrong count or not finite, or a mixture of the kinds.
+            InputError: from `columns`.
+        """
+        labelled = label != self.dummy
+        if self.labelled not in (None, labelled):
+            raise ValueError(f"the label {_short(label)}, and the file's first line has "
+                             + ("none." if labelled else "one: this says that there is none."))
+        if not labelled:
+            self.labelled = self.logits = False
+            return NO_LABEL
+        target = self._logits(label) if self._is_logits(label) else self._class_id(label)
+        self.labelled = True
+        return target
+
+    def _is_logits(self, label: str) -> bool:
+        return self.logits or (self.logits is None and label not in self.ids and looks_like_logits(label))
+
+    def _class_id(self, label: str) -> int:
+        if label not in self.ids:
+            raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
+        self.logits = False
+        return self.ids[label]
+
+    def _logits(self, label: str) -> list[float]:
+        try:
+            numbers = [float(part) for part in label.split()]
+        except ValueError:
+            raise ValueError(f"the label {_short(label)} is not a row of logits, as the file's first one is.") from None
+        if self.columns:
+            self.order, self.columns = self.columns(), None
+        if len(numbers) != len(self.ids):
+            raise ValueError(f"{len(numbers)} logits where label.txt names {len(self.ids)} labels.")
+        # Beyond single precision's range a finite number would be stored as infinity.
+        if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
+            raise ValueError("a logit that is not finite.")
+        self.logits = True
+        return numbers if self.order is None else [numbers[column] for column in self.order]
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+# --------------------------------------------------------------------------------------------- which columns logits are
 
 RECORD_FORMAT = "logits-1"
 
 
-def _record_path(path: str | os.PathLike[str], checksum: str) -> Path:
+def _info_path(path: str | os.PathLike[str], checksum: str) -> Path:
     return Path(path).with_name(f"logits-{checksum[:16]}.json")
 
 
-def write_record(path: str | os.PathLike[str], labels: list[str], **more: Any) -> None:
+def write_logits_info(path: str | os.PathLike[str], labels: list[str], **more: Any) -> None:
     """Write the record of the file with logits at `path` beside it.
 
     Args:
@@ -43,20 +142,20 @@ def write_record(path: str | os.PathLike[str], labels: list[str], **more: Any) -
         more: where the logits come from (teacher, source); plain data.
     """
     checksum = sha256(path)
-    with atomic_write(_record_path(path, checksum)) as file:
+    with atomic_write(_info_path(path, checksum)) as file:
         json.dump({"format": RECORD_FORMAT, "sha256": checksum, "file": Path(path).name, "labels": labels, **more,
                    "date": time.strftime("%Y-%m-%d %H:%M:%S")}, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
-def find_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def find_logits_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The record of the file at `path`, None where there is none.
 
     Raises:
         InputError: there is one, and it is damaged.
     """
     checksum = sha256(path)
-    place = _record_path(path, checksum)
+    place = _info_path(path, checksum)
     if not place.exists():
         return None
     with open_input(place) as file:
@@ -90,11 +189,11 @@ def column_order(path: str | os.PathLike[str], labels: Labels, asserted: str | N
     Raises:
         InputError: the order is not known, or the logits are of other labels.
     """
-    record = find_record(path)
+    record = find_logits_info(path)
     names = None if record is None else tuple(record["labels"])
     said = f"{path}: its logits, by the record beside it,"
     if asserted:
-        named = Labels.read(asserted).names
+        named = read_labels(asserted).names
         if names not in (None, named):
             raise InputError(f"{said} are in the order {', '.join(names or ())}, which --logits_order={asserted} "
                              "contradicts; leave --logits_order out.")
@@ -122,42 +221,3 @@ def label_parser(path: str | os.PathLike[str], labels: Labels, dummy: str | None
         dummy: the label of text that has none.
     """
     return LabelParser(labels, dummy, partial(column_order, path, labels, asserted, required))
-
-
-def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndarray]], np.ndarray], batch_size: int,
-               limit: int, teacher: dict[str, Any]) -> Path:
-    """Write `SOURCE.pred` beside the text SOURCE that `data` encodes: sentence TAB logits, and its record.
-
-    Memory does not grow with the file: some thousand lines at a time are put into batches of like length, and their
-    answers into the order of the lines. Each number is the shortest that single precision reads back as the same.
-
-    Args:
-        labels: the teacher's.
-        logits: token id rows to logits [B, C] float32.
-        limit: only the first so many sentences; 0: all.
-        teacher: who it is, for the record.
-
-    Raises:
-        InputError: a logit is not finite.
-    """
-    target = data.source.with_name(f"{data.source.name}.pred")
-    lines = Lines(data.source, data.facts["skip_bad_lines"],
-                  parse_label=label_parser(data.source, labels, data.facts.get("dummy_label")))
-    begin = 0
-    with atomic_write(target) as file:
-        for examples in chunks(islice(progress(data.source, lines), limit or None), 8192, 1 << 22):
-            lengths = data.lengths[begin : begin + len(examples)]
-            order = np.argsort(-lengths, kind="stable")
-            answers = np.empty((len(examples), len(labels)), dtype=np.float32)
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                answers[places] = logits(data.rows(begin + places))
-            for example, row in zip(examples, answers, strict=True):
-                if not np.isfinite(row).all():
-                    raise InputError(f"{data.source}:{example.line}: the teacher's logits for this sentence are not "
-                                     "finite; train the teacher again, with a lower --lr.")
-                file.write(f"{example.sentence}\t{' '.join(map(str, row))}\n")
-            begin += len(examples)
-    write_record(target, list(labels.names), teacher=teacher,
-                 source={"file": data.source.name, "sha256": data.facts["source_sha256"]})
-    return target

@@ -81,13 +81,13 @@ _PARTITIONS = 64
 
 
 def record(sentence: str, line: int, label: int) -> tuple[int, int, int, int]:
-    """What Repeats knows a sentence by; case and blanks do not matter. Label -1 where there is none."""
+    """What DuplicateFinder knows a sentence by; case and blanks do not matter. Label -1 where there is none."""
     words = " ".join(sentence.lower().split())
     digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little"), line, label, 0
 
 
-class Repeats:
+class DuplicateFinder:
     """Finds sentences that stand in two splits, twice in one, or with two labels, in memory that stays flat.
 
     Each sentence leaves a 64-bit hash on disk, in one of 64 files chosen by the hash; `report` sorts one file at a

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from sentence_classifier.errors import InputError
-from text.lines import split_whitespace
+from sentence_classifier.tokenizers import split_whitespace
 
 Analysis = tuple[list[str], list[str]]  # words and tags, as many of each
 Analyzer = Callable[[list[str]], list[Analysis]]

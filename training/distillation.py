@@ -18,7 +18,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from dataset import Batch, EncodedData, pad
 from model import Classifier, build_model, load_classifier
 from pretrained.loading import TransformerEmbedding, remove_layers
 from sentence_classifier.errors import InputError
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import SUBWORDS, Tokenizer, make_tokenizer
 from text.arrays import ArrayWriter, open_arrays
-from text.labels import find_record
-from text.lines import LabelParser, Labels, Lines, text_encoder
+from text.labels import LabelParser, find_logits_info
+from text.lines import TsvReader
 from training.losses import evaluate
 from training.trainer import Trainer
-from util import sha256
+from util import Checkpoint, EncodingInfo, RunInfo, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -114,18 +116,18 @@ class Teacher(nn.Module):
         InputError: it was trained on other labels.
     """
 
-    def __init__(self, checkpoint: dict[str, Any], path: str, folders: list[str], labels: Labels) -> None:
+    def __init__(self, checkpoint: Checkpoint, path: str, folders: list[str], labels: Labels) -> None:
         super().__init__()
-        own = Labels(tuple(checkpoint["labels"]))
+        own = checkpoint.run.labels
         if set(own.names) != set(labels.names):
             raise InputError(f"{path}: the teacher's labels ({', '.join(own.names)}) are not those of the student's "
                              f"data ({', '.join(labels.names)}).")
         self.path = path
-        self.run_id: str = checkpoint["run_id"]
-        self.facts: dict[str, Any] = checkpoint["facts"]
+        self.run_id = checkpoint.run.run_id
+        self.encoding = checkpoint.run.encoding
         self.labels = labels
         self.model: Classifier = load_classifier(checkpoint, folders)
-        self.vocabulary: str = checkpoint["vocabulary"]
+        self.vocabulary = checkpoint.run.vocabulary
         self.order: Tensor
         self.register_buffer("order", torch.tensor([own.index()[name] for name in labels.names]), persistent=False)
 
@@ -133,14 +135,14 @@ class Teacher(nn.Module):
         """input_ids, attention_mask [B, T] -> logits [B, C], in the order of the student's labels."""
         return self.model(input_ids, attention_mask)[:, self.order]
 
-    def reads_like(self, facts: dict[str, Any]) -> bool:
-        """Whether data encoded with these facts have the token ids that it would make of the same text."""
+    def reads_like(self, encoding: EncodingInfo) -> bool:
+        """Whether data encoded so have the token ids that it would make of the same text."""
         same = ("kind", "vocab_sha256", "n_ctx", "tokenizer", "lowercase", "truncation_side")
-        return all(self.facts.get(fact) == facts.get(fact) for fact in same)
+        return all(getattr(self.encoding, fact) == getattr(encoding, fact) for fact in same)
 
-    def encoder(self, augmented: bool) -> Any:
+    def tokenizer(self, augmented: bool) -> Tokenizer:
         """Its own function from text to token ids; `augmented`: a [MASK] in the text is the mask token."""
-        return text_encoder(self.vocabulary, {**self.facts, "augmented": augmented})
+        return make_tokenizer(self.vocabulary, replace(self.encoding, augmented=augmented))
 
 
 def read_sentences(data: EncodedData) -> Iterator[str]:
@@ -151,8 +153,8 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
     """
     if not data.source.is_file():
         raise InputError(f"{data.source}: no such file; a teacher reads the text that {data.path} was made from.")
-    skipped = data.facts["skip_bad_lines"]  # lines with an unusable label are among those; else there were none
-    for example in Lines(data.source, skipped, parse_label=LabelParser(data.labels) if skipped else str):
+    skipped = data.encoding.skip_bad_lines  # lines with an unusable label are among those; else there were none
+    for example in TsvReader(data.source, skipped, parse_label=LabelParser(data.labels) if skipped else str):
         yield example.sentence
 
 
@@ -170,20 +172,20 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
         logger.info("[the teacher's answers to %s] are its labels", data.source)
         return np.asarray(data.targets, dtype=np.float32)
     path = data.source.with_name(f"{data.source.name}.teacher")
-    made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.facts["source_sha256"],
-                 "skip_bad_lines": json.dumps(data.facts["skip_bad_lines"]), "labels": json.dumps(data.labels.names)}
+    made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.encoding.source_sha256,
+                 "skip_bad_lines": json.dumps(data.encoding.skip_bad_lines), "labels": json.dumps(data.labels.names)}
     with contextlib.suppress(InputError):  # none yet, or damaged
         arrays, metadata = open_arrays(path)
         if metadata == made_from:
             logger.info("[the teacher's answers to %s] are in %s", data.source, path)
             return arrays["logits"]
     teacher.eval().to(device)
-    encoder = teacher.encoder(augmented)
+    tokenizer = teacher.tokenizer(augmented)
     logits = np.empty((len(data), len(data.labels)), dtype=np.float32)
     done = 0
     with tqdm(total=len(data), unit="sentence", desc="teacher", disable=None) as bar:
         for sentences in _chunks(read_sentences(data), 64 * batch_size):
-            rows = [np.asarray(row) for row, _ in encoder.encode_batch(sentences)]
+            rows = [np.asarray(row) for row, _ in tokenizer.tokenize_batch(sentences)]
             order = np.argsort([-len(row) for row in rows], kind="stable")
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
@@ -203,7 +205,7 @@ def labelled_by(data: EncodedData) -> str | None:
     """The run of the teacher whose logits are the data's labels; None where these are no logits, or not known whose."""
     if not data.has_logits or not data.source.exists():
         return None
-    match find_record(data.source):
+    match find_logits_info(data.source):
         case {"teacher": {"run_id": str(run_id)}}:
             return run_id
     return None
@@ -248,7 +250,7 @@ class TaughtData(EncodedData):
 # --------------------------------------------------------------------------------------------------------- student
 
 
-def student_from_teacher(checkpoint: dict[str, Any], args: argparse.Namespace, config: dict[str, Any],
+def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, config: dict[str, Any],
                          train: EncodedData) -> Classifier:
     """A student whose transformer begins as --student_init_layers of the teacher's, with its embeddings.
 
@@ -256,8 +258,8 @@ def student_from_teacher(checkpoint: dict[str, Any], args: argparse.Namespace, c
         InputError: there are no such layers, or teacher and student do not read the same tokens.
     """
     said = f"--student_init_layers={','.join(map(str, args.student_init_layers))}"
-    facts = checkpoint["facts"]
-    if facts["kind"] != "fs" or facts["vocab_sha256"] != train.facts["vocab_sha256"]:
+    encoding = checkpoint.run.encoding
+    if encoding.kind != SUBWORDS or encoding.vocab_sha256 != train.encoding.vocab_sha256:
         raise InputError(f"{said}: {args.teacher_model_path} and {train.path} have different vocabularies, so that the "
                          "teacher's layers are of no use to the student; leave the flag out.")
     transformer: Any = load_classifier(checkpoint, []).embedding.transformer
@@ -299,7 +301,7 @@ class DistillationTrainer(Trainer):
     Args:
         train: with the teacher's answers.
         teacher: asked for hidden states and attentions, where the flags want them.
-        model, valid, args, record, accelerator, state: see Trainer.
+        model, valid, args, info, accelerator, state: see Trainer.
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -309,7 +311,7 @@ class DistillationTrainer(Trainer):
                 "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
 
     def __init__(self, model: Classifier, train: TaughtData, valid: EncodedData, args: argparse.Namespace,
-                 record: dict[str, Any], accelerator: Accelerator, teacher: Teacher,
+                 info: RunInfo, accelerator: Accelerator, teacher: Teacher,
                  state: dict[str, Any] | None = None) -> None:
         self.teacher = teacher.to(accelerator.device).eval()
         self.student: Any = model.embedding
@@ -321,10 +323,10 @@ class DistillationTrainer(Trainer):
             self._match(model, teacher, args, train)
         self.parts: dict[str, Any] = {}  # of the loss, summed over the examples since the last log line
         self.examples = 0
-        super().__init__(model, train, valid, args, record, accelerator, state=state)
+        super().__init__(model, train, valid, args, info, accelerator, state=state)
 
     def _match(self, model: Classifier, teacher: Teacher, args: argparse.Namespace, train: EncodedData) -> None:
-        if not teacher.reads_like(train.facts):
+        if not teacher.reads_like(train.encoding):
             raise InputError(f"{teacher.path}: the teacher reads other tokens than {train.path} holds, so that hidden "
                              "states and attentions cannot be compared; leave --state_loss_ratio and --att_loss_ratio "
                              "out, or encode the data as for the teacher.")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dataset import BucketSampler, EncodedData, make_loader, share
+from dataset import BucketSampler, EncodedData, make_loader, shard
 from training.distributed import total
 
 
@@ -115,7 +115,7 @@ def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     sums = torch.zeros(2, dtype=torch.float64)  # loss, correct answers
     batches = BucketSampler(data.lengths, batch_size * processes, shuffle=False).batches()
-    for batch in make_loader(data, (share(batch, batch_size, processes, process)[0] for batch in batches)):
+    for batch in make_loader(data, (shard(batch, batch_size, processes, process)[0] for batch in batches)):
         batch = batch.to(device)
         assert batch.targets is not None  # encoded data have them
         logits = model(batch.input_ids, batch.attention_mask)[: len(batch)]

@@ -29,7 +29,7 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,11 +44,12 @@ from tqdm import tqdm
 from dataset import Batch, BucketSampler, EncodedData, make_loader, pad
 from model import Classifier, parameter_groups
 from sentence_classifier.errors import InputError
-from text.lines import Lines, text_encoder
+from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
+from text.lines import TsvReader
 from training.distillation import Teacher, read_sentences
 from training.losses import cosine_with_warmup
 from training.trainer import Trainer
-from util import open_input
+from util import RunInfo, open_input
 
 logger = logging.getLogger(__name__)
 
@@ -135,15 +136,15 @@ class Rows:
 
     Args:
         sentences: raw text.
-        encoder: from text to token ids.
+        tokenizer: from text to token ids.
     """
 
-    def __init__(self, sentences: Iterable[str], encoder: Any) -> None:
+    def __init__(self, sentences: Iterable[str], tokenizer: Tokenizer) -> None:
         ids, ends = array("i"), array("q", [0])
         chunk: list[str] = []
 
         def flush() -> None:
-            for row, _ in encoder.encode_batch(chunk):
+            for row, _ in tokenizer.tokenize_batch(chunk):
                 ids.extend(row)
                 ends.append(len(ids))
             chunk.clear()
@@ -164,12 +165,12 @@ class UnlabelledText(Dataset):
 
     Args:
         path: one sentence a line; what follows a TAB is passed over.
-        encoder, teacher_encoder: from text to token ids; None for the second where it is the first.
+        tokenizer, teacher_tokenizer: from text to token ids; None for the second where it is the first.
     """
 
-    def __init__(self, path: str, encoder: Any, teacher_encoder: Any) -> None:
-        self.rows = Rows(read_text(path), encoder)
-        self.teacher_rows = Rows(read_text(path), teacher_encoder) if teacher_encoder else None
+    def __init__(self, path: str, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer | None) -> None:
+        self.rows = Rows(read_text(path), tokenizer)
+        self.teacher_rows = Rows(read_text(path), teacher_tokenizer) if teacher_tokenizer else None
         self.lengths = np.diff(self.rows.offsets)
 
     def __len__(self) -> int:
@@ -185,7 +186,7 @@ def read_text(path: str) -> Iterator[str]:
     """The sentences of a file with or without labels; its first line decides."""
     with open_input(path) as file:
         labelled = b"\t" in file.readline()
-    for example in Lines(path, labelled=labelled):
+    for example in TsvReader(path, labelled=labelled):
         yield example.sentence
 
 
@@ -194,12 +195,12 @@ class LabelledText(EncodedData):
 
     Args:
         path: the encoded file.
-        teacher_encoder: as for UnlabelledText.
+        teacher_tokenizer: as for UnlabelledText.
     """
 
-    def __init__(self, path: Path, teacher_encoder: Any) -> None:
+    def __init__(self, path: Path, teacher_tokenizer: Tokenizer | None) -> None:
         super().__init__(path)
-        self.teacher_rows = Rows(read_sentences(self), teacher_encoder) if teacher_encoder else None
+        self.teacher_rows = Rows(read_sentences(self), teacher_tokenizer) if teacher_tokenizer else None
 
     def __getitems__(self, indices: Sequence[int]) -> ReadTwice:
         own = super().__getitems__(indices)
@@ -217,18 +218,18 @@ class MetaTrainer(Trainer):
 
     Args:
         teacher: begins as it is, and is changed.
-        model, train, valid, args, record, accelerator: see Trainer.
+        model, train, valid, args, info, accelerator: see Trainer.
     """
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
-                 record: dict[str, Any], accelerator: Accelerator, teacher: Teacher) -> None:
-        encoder = None if teacher.reads_like(train.facts) else teacher.encoder(args.augmented)
-        labelled = LabelledText(train.path, encoder)
+                 info: RunInfo, accelerator: Accelerator, teacher: Teacher) -> None:
+        tokenizer = None if teacher.reads_like(train.encoding) else teacher.tokenizer(args.augmented)
+        labelled = LabelledText(train.path, tokenizer)
         logger.info("[meta pseudo labels] reading %s", args.mpl_data_path)
         text = UnlabelledText(args.mpl_data_path,
-                              text_encoder(record["vocabulary"], {**train.facts, "augmented": True}),
-                              teacher.encoder(augmented=True) if encoder else None)
-        super().__init__(model, labelled, valid, args, record, accelerator)
+                              make_tokenizer(info.vocabulary, replace(train.encoding, augmented=True)),
+                              teacher.tokenizer(augmented=True) if tokenizer else None)
+        super().__init__(model, labelled, valid, args, info, accelerator)
         self.teacher = teacher.to(accelerator.device)
         groups = parameter_groups(teacher.model, args.mpl_weight_decay, args.mpl_learning_rate)
         self.teacher_optimizer = torch.optim.AdamW(groups, lr=args.mpl_learning_rate, eps=args.adam_epsilon)

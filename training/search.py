@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, command_line, read_json, spell
+from cli.flags import Parser, command_line, format_flag, read_json
 from cli.training_flags import check_loss_flags
 from dataset import EncodedData
 from sentence_classifier.errors import FlagError, InputError
@@ -260,7 +260,7 @@ class Search:
             trial.set_user_attr("surplus", True)  # two workers began the last one at the same moment
             raise NoTrial
         drawn = suggest(trial, self.space)
-        argv = [*self.base, *(word for flag, value in drawn.items() for word in spell(self.actions[flag], value))]
+        argv = [*self.base, *(word for flag, value in drawn.items() for word in format_flag(self.actions[flag], value))]
         trial.set_user_attr("command", shlex.join(["python", "train.py", *argv]))
         logger.info("[trial %d] %s", trial.number, _spoken(drawn))
         try:
@@ -357,15 +357,15 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
 
     def check(name: str, value: Any) -> None:
         """In the place of the user's own value: what is refused then is refused for this value's sake."""
-        flag = spell(next(action for action in parser._actions if action.dest == name), value)
+        flag = format_flag(next(action for action in parser._actions if action.dest == name), value)
         check_loss_flags(get_params([*command_line(parser, args, {*search_flags, name}), *flag])[0], data[0])
 
     check_alone(space, source, check)
     searching = search_flags | set(space)
     base = command_line(parser, args, searching)
     how = command_line(parser, args, searching | groups["files"] | groups["machine"])
-    facts = {key: value for key, value in data[0].facts.items() if not key.endswith("_path")}
-    made_from = json.dumps([read_json(args.config), facts, data[1].facts["source_sha256"], space, how], sort_keys=True)
+    made_from = json.dumps([read_json(args.config), data[0].encoding.decisive(), data[1].encoding.source_sha256, space,
+                            how], sort_keys=True)
     identity = hashlib.sha256(made_from.encode()).hexdigest()[:12]
     name = args.hp_study or f"{Path(args.config).stem}-{identity}"
     if not re.fullmatch(r"\w[\w.-]*", name):

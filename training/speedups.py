@@ -18,7 +18,7 @@ _LEVELS = 1 << 16  # of a random number of 16 bits
 _ATTENTION = "training_on_cpu"  # among transformers' implementations of attention
 
 
-def quicken(transformer: Any, device: torch.device, token_ids: Any) -> None:
+def speed_up_training(transformer: Any, device: torch.device, token_ids: Any) -> None:
     """Make a model of the transformers library fast to train. To be called before its optimizer is made.
 
     Args:

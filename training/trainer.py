@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compression.quantization import start_quantization
-from dataset import Batch, BucketSampler, EncodedData, make_loader, share
+from dataset import Batch, BucketSampler, EncodedData, make_loader, shard
 from model import Classifier, parameter_groups
 from pretrained.loading import merged_weights
 from sentence_classifier.errors import InputError
@@ -42,7 +43,7 @@ from training.distributed import (
     whole_weights,
 )
 from training.losses import WeightAverage, balanced_class_weights, cosine_with_warmup, evaluate, make_criterion
-from util import Curves, load_state, save_checkpoint, second_name
+from util import Checkpoint, Curves, RunInfo, load_state, save_checkpoint, save_state, second_name
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Trainer:
         model: on the CPU.
         train, valid: encoded data.
         args: train.py's flags.
-        record: what a checkpoint says beside the weights (config, labels, identity, flags ...).
+        info: what a checkpoint says of the run.
         accelerator: device, precision, processes.
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
             (the newest of `history`), in all processes; what it raises ends the training.
@@ -99,11 +100,11 @@ class Trainer:
         "bert_remove_layers", "lora_r", "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
 
     def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
-                 record: dict[str, Any], accelerator: Accelerator,
+                 info: RunInfo, accelerator: Accelerator,
                  on_epoch: Callable[[int, dict[str, float]], None] | None = None,
                  state: dict[str, Any] | None = None) -> None:
         self.args = args
-        self.record = record
+        self.info = info
         self.accelerator = accelerator
         self.on_epoch = on_epoch
         self.train_data = train
@@ -183,7 +184,7 @@ class Trainer:
 
     def save_state(self) -> None:
         """Write all that a resumed run needs to go on as if it had never stopped. To be called in all processes."""
-        state = {**self.record, "processes": self.processes,
+        state: dict[str, Any] = {"processes": self.processes,
                  "progress": {name: getattr(self, name) for name in _PROGRESS}}
         with contextlib.ExitStack() as stack:
             if not self.finished:
@@ -200,26 +201,26 @@ class Trainer:
             if self.accelerator.is_main_process:
                 if self.position and self.saved_at_end:
                     second_name(self.state_path, self.epoch_path)
-                save_checkpoint(state, self.state_path)
+                save_state(self.info, state, self.state_path)
                 if not self.position:
                     self.epoch_path.unlink(missing_ok=True)
         self.saved_at_end = not self.position
 
     def _load_progress(self, state: dict[str, Any]) -> None:
         """Check that the state is of this run, and go back to where it stood."""
-        flags = self.record["flags"]
+        flags = self.info.flags
         moved = state["processes"] != self.processes
         # What one process computes at a time may be chosen anew with the number of processes.
         free = ("batch_size", "gradient_accumulation_steps") if moved else ()
-        differing = [f"{name} {value} then, {flags.get(name)} now" for name, value in state["flags"].items()
+        differing = [f"{name} {value} then, {flags.get(name)} now" for name, value in state["run"].flags.items()
                      if name in self.decisive and name not in free and flags.get(name) != value]
         if differing:
             raise InputError(f"{self.state_path}: the run to resume had other flags ({'; '.join(differing)}); "
                              "give the same ones, or start anew without --resume.")
-        if state["identity"] != self.record["identity"]:
+        if state["run"].identity != self.info.identity:
             raise InputError(f"{self.state_path}: the run to resume had another config or other data; "
                              "start anew without --resume.")
-        self.record["run_id"] = state["run_id"]
+        self.info = replace(self.info, run_id=state["run"].run_id)
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
         self.saved_at_end = not self.position and not moved
@@ -268,7 +269,7 @@ class Trainer:
             self.save_state()  # so that --resume never finds another run's state in the place of this one's
         main = self.accelerator.is_main_process
         if main:
-            self.writer = Curves(Path(self.args.log_dir) / self.record["run_id"], self.step + 1)
+            self.writer = Curves(Path(self.args.log_dir) / self.info.run_id, self.step + 1)
         started = time.time()
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if main else True,
                    dynamic_ncols=True)
@@ -305,13 +306,13 @@ class Trainer:
     def _groups(self) -> Iterator[tuple[list[Batch], int]]:
         """What is left of the epoch, by optimizer steps: this process's batches, and the examples of all processes."""
         steps = self.sampler.batches()[self.position :]
-        batches = make_loader(self.train_data, (part for step in steps for part in self._share(step)),
+        batches = make_loader(self.train_data, (part for step in steps for part in self._shard(step)),
                               self.accelerator.device.type == "cuda")
         for step in steps:
-            yield [next(batches) for _ in self._share(step)], len(step)
+            yield [next(batches) for _ in self._shard(step)], len(step)
 
-    def _share(self, step: Any) -> list[list[int]]:
-        return share(step, self.args.batch_size, self.processes, self.accelerator.process_index)
+    def _shard(self, step: Any) -> list[list[int]]:
+        return shard(step, self.args.batch_size, self.processes, self.accelerator.process_index)
 
     def _train_step(self, group: list[Batch], examples: int) -> None:
         """One optimizer step; the gradient is that of the mean over all of the step's examples.
@@ -410,8 +411,8 @@ class Trainer:
                 self.best = point
                 with whole_weights(self.plain_model, self.accelerator):
                     if self.accelerator.is_main_process:
-                        save_checkpoint({**self.record, "metrics": point, **self._weights()}, self.args.save_path,
-                                        self.args.keep_checkpoints)
+                        checkpoint = Checkpoint(run=self.info, metrics=point, **self._weights())
+                        save_checkpoint(checkpoint, self.args.save_path, self.args.keep_checkpoints)
         if end_of_epoch:
             self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
             self.gained = False
@@ -426,7 +427,7 @@ class Trainer:
         weights = merged_weights(self.plain_model)
         if not self.quantization:
             return {"model": weights}
-        return {"model": self.quantization.weights(weights), "quantization": self.quantization.record()}
+        return {"model": self.quantization.weights(weights), "quantization": self.quantization.metadata()}
 
     def _is_better(self, metrics: dict[str, float]) -> bool:
         if not self.best:

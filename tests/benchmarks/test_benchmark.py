@@ -71,9 +71,9 @@ def test_speed_pads_and_trains_the_same_sentences(encoded: Place, monkeypatch: p
     import train
 
     args, config = train.get_params(encoded.train_flags())
-    table = load_table(encoded.data / "embedding.npy", data.facts["table"])
+    table = load_table(encoded.data / "embedding.npy", data.encoding.table)
     def make() -> Classifier:
-        return build_model(config, len(data.labels), WordEmbedding(table, data.facts["seen_rows"]))
+        return build_model(config, len(data.labels), WordEmbedding(table, data.encoding.seen_rows))
 
     sizes = measure.Sizes(warm_up_steps=1, bucketed_steps=0, padded_steps=3)
     for pad_to in (0, 100):
@@ -205,7 +205,7 @@ def test_generated_vectors_and_corpora_are_what_they_say(tmp_path: Path) -> None
     benchmark.generate_vectors(tmp_path / "v.txt", 50, 6)
     assert read_vectors(tmp_path / "v.txt", cache=False).table.shape == (50, 6)
     scale.generate_corpus(tmp_path / "c.txt", 400, 30)
-    examples = list(accuracy.Lines(tmp_path / "c.txt"))
+    examples = list(accuracy.TsvReader(tmp_path / "c.txt"))
     assert len(examples) == 400
     assert {word for example in examples for word in example.sentence.split()} <= {f"word{n}" for n in range(30)}
 
@@ -318,7 +318,7 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
                   capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher, the text that it labels, students of both kinds, a pruned one; then what each answers in."""
     source, bert = raw.data.rename(raw.data.parent / "sst2"), raw.data.parent / "bert"
-    make_model("BERT", bert, [example.sentence for example in accuracy.Lines(source / "train.txt")])
+    make_model("BERT", bert, [example.sentence for example in accuracy.TsvReader(source / "train.txt")])
     monkeypatch.setitem(accuracy.CONFIGS, "cnn-taught", accuracy.CONFIGS["cnn"])
     flags = "--n_iter=2 --analyzer=hanta"
     monkeypatch.setattr(accuracy, "BY_ONE", (((accuracy.TEACHER, 1),), flags))

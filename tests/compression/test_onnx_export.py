@@ -267,7 +267,7 @@ def check_trained_scales(root: Path) -> None:
     assert changed <= max(1, len(expected) // 20)  # near ties: what a convolution answers is rounded as well
     tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(root / "int8.onnx").graph.initializer]
     held = {array.astype(np.float32).tobytes() for array in tensors if array.ndim == 1}
-    scales = load_checkpoint(root / "model.pt")["quantization"]["scales"]
+    scales = load_checkpoint(root / "model.pt").quantization["scales"]
     missing = [name for name, entry in scales.items() if len(entry["weight_scale"]) > 1
                and "pooler" not in name and entry["weight_scale"].numpy().tobytes() not in held]  # nobody reads it
     assert not missing

@@ -201,11 +201,11 @@ def test_word_models(encoded: Place, encoder: str, way: str, caplog: pytest.LogC
     caplog.set_level(logging.INFO)
     write_config(encoded.config, encoder)
     train.main(encoded.train_flags("--epoch=1"))
-    names = load_checkpoint(encoded.model)["model"].keys()
+    names = load_checkpoint(encoded.model).model.keys()
     train.main(encoded.train_flags("--epoch=6", f"--enable_{way}"))
     checkpoint = load_checkpoint(encoded.model)
-    assert checkpoint["model"].keys() == names
-    assert checkpoint["quantization"]["way"] == way
+    assert checkpoint.model.keys() == names
+    assert checkpoint.quantization["way"] == way
     trained = json.loads(Path(f"{encoded.model}.train.json").read_text())
     check_ways(encoded.model, encoded.data, encoded.evaluate_flags(), way, trained, caplog)
 
@@ -229,7 +229,7 @@ def check_ways(model: Path, data: Path, flags: list[str], way: str, trained: dic
                caplog: pytest.LogCaptureFixture) -> None:
     """A trained model as fp32, in its own way and as dynamic int8, from encoded and from raw text."""
     checkpoint = load_checkpoint(model)
-    valid = EncodedData(data / f"valid.txt.{checkpoint['facts']['kind']}")
+    valid = EncodedData(data / f"valid.txt.{checkpoint.run.encoding.kind}")
 
     def loss(way: str | None) -> float:
         classifier: Any = load_classifier(checkpoint, [str(data)]).eval()
@@ -290,7 +290,7 @@ def test_resume(encoded: Place, flags: list[str]) -> None:
     assert "other flags" in refusal(train.main, *plain, "--resume")
     train.main([*flags, "--resume"])
     assert same_weights(encoded.model, encoded.root / "whole.pt")
-    one, other = (load_checkpoint(path)["quantization"] for path in (encoded.model, encoded.root / "whole.pt"))
+    one, other = (load_checkpoint(path).quantization for path in (encoded.model, encoded.root / "whole.pt"))
     assert flatten(one) == flatten(other)
 
 
@@ -305,7 +305,7 @@ def test_the_penalty_makes_models_smaller(encoded: Place) -> None:
     sizes = []
     for penalty in (0, 1000):
         train.main(encoded.train_flags("--epoch=9", "--measure=last", "--enable_diffq", f"--diffq_penalty={penalty}"))
-        sizes.append(load_checkpoint(encoded.model)["quantization"]["size_mb"])
+        sizes.append(load_checkpoint(encoded.model).quantization["size_mb"])
     assert sizes[1] < sizes[0]
     model = load_classifier(load_checkpoint(encoded.model), [str(encoded.data)])
     assert sizes[0] < sum(4 * p.numel() for p in model.parameters()) / 2**20 / 2
@@ -343,7 +343,7 @@ def test_frozen_transformers(tmp_path: Path, way: str) -> None:
     frozen = load_classifier(load_checkpoint(case.root / "model.pt"), []).embedding.transformer.state_dict()
     before = load_pretrained(str(case.root / "model")).state_dict()
     assert all(torch.equal(frozen[name], before[name]) for name in before)
-    entry = load_checkpoint(case.root / "model.pt")["quantization"]
+    entry = load_checkpoint(case.root / "model.pt").quantization
     transformers = [name for name in entry["scales" if way == "qat" else "tensors"] if "transformer" in name]
     assert bool(transformers) == (way == "qat")  # nothing says how many bits a frozen weight needs
     evaluate.main(case.evaluate_flags(f"--enable_{way}"))

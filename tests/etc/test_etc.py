@@ -29,7 +29,7 @@ import download_embeddings
 import make_sample_data
 
 from sentence_classifier.errors import InputError
-from text.lines import Lines
+from text.lines import TsvReader
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"  # the real data sets, where this checkout has them beside it
@@ -41,7 +41,7 @@ SAMPLE = ROOT / "data" / "sample"
 
 def sample(split: str) -> tuple[list[str], list[str]]:
     """Sentences and labels of a split."""
-    examples = list(Lines(SAMPLE / f"{split}.txt"))
+    examples = list(TsvReader(SAMPLE / f"{split}.txt"))
     return [example.sentence for example in examples], [example.label for example in examples]
 
 

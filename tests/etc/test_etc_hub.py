@@ -26,7 +26,7 @@ import download_datasets
 import download_hf
 import split
 
-from text.lines import Lines
+from text.lines import TsvReader
 
 # ----------------------------------------------------------------------------------------------------------- split
 
@@ -77,7 +77,7 @@ def test_split_into_a_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = write(tmp_path / "total.txt", "one\tyes\ntwo \t no\r\nthree\tin part")
     split.main([f"--data_path={path}", "--output_dir=new"])
     assert {path.name for path in Path("new").iterdir()} == {"train.txt", "valid.txt", "test.txt"}
-    read = [example[1:] for name in ("train", "valid", "test") for example in Lines(f"new/{name}.txt")]
+    read = [example[1:] for name in ("train", "valid", "test") for example in TsvReader(f"new/{name}.txt")]
     assert sorted(read) == [("one", "yes"), ("three", "in part"), ("two", "no")]
     assert not capsys.readouterr().out
 

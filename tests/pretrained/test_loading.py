@@ -23,7 +23,7 @@ from dataset import EncodedData, pad
 from model import build_model, load_classifier, parameter_groups
 from pretrained.layout import layer_lists, layer_parts
 from pretrained.loading import TransformerEmbedding, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
-from text.lines import MASK, SubwordTokenizer, WordTokenizer, text_encoder
+from text.lines import MASK, SubwordTokenizer, WordTokenizer, make_tokenizer
 from training.speedups import FastDropout, PartialEmbedding
 from util import load_checkpoint, save_checkpoint
 
@@ -150,7 +150,7 @@ def test_ids_are_the_tokenizers_own(tokenizers: dict[str, tuple[str, Any]], name
     for n_ctx in (3, 5, 8):  # truncated sentences keep their special tokens
         encoder = SubwordTokenizer(text, {"n_ctx": n_ctx, "mask_token": tokenizer.mask_token})
         sentence = "please wake me at half past six tomorrow morning"
-        ids, length = encoder.encode_batch([sentence])[0]
+        ids, length = encoder.tokenize_batch([sentence])[0]
         assert ids == tokenizer(sentence, truncation=True, max_length=n_ctx)["input_ids"]
         assert length == len(tokenizer(sentence)["input_ids"]) > n_ctx
 
@@ -369,7 +369,7 @@ def test_gradient_checkpointing_computes_the_same_twice(bert: Case, monkeypatch:
     shutil.copy(bert.root / "model.pt", bert.root / "plain.pt")
     train.main([*flags, "--gradient_checkpointing"])
     assert len(calls) == once + 3 * LAYERS  # three steps
-    plain, saving = (load_checkpoint(bert.root / name)["model"] for name in ("plain.pt", "model.pt"))
+    plain, saving = (load_checkpoint(bert.root / name).model for name in ("plain.pt", "model.pt"))
     assert all(torch.allclose(plain[name], saving[name], atol=1e-6) for name in plain)
 
 
@@ -472,7 +472,7 @@ def test_words_have_no_classification_token(bert: Case) -> None:
 
 def test_raw_text_is_read_as_encoded_text(bert: Case) -> None:
     checkpoint = load_checkpoint(bert.root / "model.pt")
-    encoder = text_encoder(checkpoint["vocabulary"], checkpoint["facts"])
+    encoder = make_tokenizer(checkpoint.run.vocabulary, checkpoint.run.encoding)
     data = EncodedData(bert.root / "data/test.txt.fs")
     for number, line in enumerate((bert.root / "data/test.txt").read_text().splitlines()):
         own = data.token_ids[data.offsets[number] : data.offsets[number + 1]].tolist()

@@ -20,7 +20,6 @@ import evaluate
 import preprocess
 from sentence_classifier.classifier import RECORD_KEY, VOCABULARY_KEY, load
 from sentence_classifier.errors import InputError
-from text.lines import Labels
 
 SENTENCES = [sentence for sentence, _ in make_lines(21, 2)]  # of test.txt
 
@@ -50,7 +49,7 @@ def test_one_sentence_and_many(words: Place) -> None:
         assert alone.label == found.label and alone.probability == max(alone.probabilities.values())
         assert alone.probabilities == pytest.approx(found.probabilities, abs=1e-6)
         assert sum(alone.probabilities.values()) == pytest.approx(1.0, abs=1e-6)
-        assert list(alone.probabilities) == list(Labels.read(words.data / "label.txt").names)
+        assert list(alone.probabilities) == list(read_labels(words.data / "label.txt").names)
     assert classifier.predict([]) == []
 
 

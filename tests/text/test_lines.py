@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from sentence_classifier.errors import InputError
 from text import lines as text
-from text.lines import LabelParser, Labels, Lines, WordTokenizer, looks_like_logits, word_tokenizer
+from text.lines import LabelParser, Labels, WordTokenizer, looks_like_logits, word_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- TSV
 
 
 def read(path: Path, **options: bool) -> list[tuple[int, str, str]]:
-    return [(line.line, line.sentence, line.label) for line in Lines(path, **options)]
+    return [(line.line, line.sentence, line.label) for line in TsvReader(path, **options)]
 
 
 blanks = ["", "", " ", "\r", "\u2028", "\x85", "\x0b", "\u00a0", "\x1c"]
@@ -44,7 +44,7 @@ def test_blocks_hold_the_same_lines(path: Path, content: bytes, size: int) -> No
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "BLOCK_BYTES", size)
-        lines = Lines(path, skip_bad_lines=True)
+        lines = TsvReader(path, skip_bad_lines=True)
         blocks = list(lines.blocks())
     found = [example for first, raw in blocks for example in lines.parse(io.BytesIO(raw), first)]
     assert [tuple(example) for example in found] == [item for item in naive(content) if not isinstance(item, int)]
@@ -61,7 +61,7 @@ def test_lines_against_a_naive_reader(path: Path, content: bytes, labelled: bool
     bad = [item for item in expected if isinstance(item, int)]
     good = [item for item in expected if not isinstance(item, int)]
     if good:
-        lines = Lines(path, skip_bad_lines=True, labelled=labelled)
+        lines = TsvReader(path, skip_bad_lines=True, labelled=labelled)
         assert [(line.line, line.sentence, line.label) for line in lines] == good
         assert lines.skipped == len(bad)
     if bad or not good:
@@ -97,13 +97,13 @@ def test_nothing_usable_is_an_error_with_skip_bad_lines_too(path: Path) -> None:
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\r\ntwo")))
-    assert [line.sentence for line in Lines("-", labelled=False)] == ["one", "two"]
+    assert [line.sentence for line in TsvReader("-", labelled=False)] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "."])
 def test_files_that_cannot_be_read(name: str) -> None:
     with pytest.raises(InputError, match=name):
-        list(Lines(name))
+        list(TsvReader(name))
 
 
 # ---------------------------------------------------------------------------------------------------------- labels
@@ -112,20 +112,20 @@ def test_files_that_cannot_be_read(name: str) -> None:
 def test_labels_round_trip(tmp_path: Path) -> None:
     labels = Labels(("b", "a c", "é", "x\u2028y"))
     labels.write(tmp_path / "label.txt")
-    assert Labels.read(tmp_path / "label.txt") == labels
+    assert read_labels(tmp_path / "label.txt") == labels
     assert labels.index() == {"b": 0, "a c": 1, "é": 2, "x\u2028y": 3} and len(labels) == 4
 
 
 def test_labels_written_by_hand(tmp_path: Path) -> None:
     (tmp_path / "label.txt").write_bytes(b"\xef\xbb\xbfyes\r\nno")
-    assert Labels.read(tmp_path / "label.txt").names == ("yes", "no")
+    assert read_labels(tmp_path / "label.txt").names == ("yes", "no")
 
 
 @pytest.mark.parametrize("content", [b"", b"a\n\nb\n", b"a\na\n", b"\xff\n", b"a\n\n"])
 def test_damaged_labels(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "label.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"label\.txt: .*preprocess"):
-        Labels.read(tmp_path / "label.txt")
+        read_labels(tmp_path / "label.txt")
 
 
 @pytest.mark.parametrize(("label", "expected"), [

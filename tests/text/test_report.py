@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from text import report as corpus
-from text.report import RECORD, Repeats, SplitReport, record
+from text.report import RECORD, DuplicateFinder, SplitReport, record
 
 labelled = st.tuples(st.sampled_from(["a", "b", "a b", "ab", "c d e"]), st.integers(-1, 2))
 splits = st.lists(st.lists(labelled, max_size=12), min_size=1, max_size=3)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=50)
 @given(data=splits)
 def test_repeats_against_a_naive_count(folder: Path, data: list[list[tuple[str, int]]]) -> None:
-    repeats = Repeats(folder)
+    repeats = DuplicateFinder(folder)
     names = [f"split{number}" for number in range(len(data))]
     for name, lines in zip(names, data, strict=True):
         repeats.add_split(name)
@@ -70,7 +70,7 @@ def test_repeats_against_a_naive_count(folder: Path, data: list[list[tuple[str, 
 
 def test_repeats_write_to_disk_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "_PARTITIONS", 2)
-    repeats = Repeats(tmp_path)
+    repeats = DuplicateFinder(tmp_path)
     repeats.add_split("one")
     records = np.array([record(str(number % 69_000), number + 1, 0) for number in range(70_000)], dtype=RECORD)
     for part in np.array_split(records, 3):

@@ -118,11 +118,11 @@ def load(place: Place, labels: tuple[str, ...] | None = None, path: Path | None 
     """The teacher of a trained place."""
     path = path or place.model
     checkpoint = load_checkpoint(path)
-    return Teacher(checkpoint, str(path), [str(place.data)], Labels(labels or tuple(checkpoint["labels"]))).eval()
+    return Teacher(checkpoint, str(path), [str(place.data)], Labels(labels or tuple(checkpoint.run.labels.names))).eval()
 
 
 def test_a_teacher_answers_in_the_students_order(trained: Place) -> None:
-    names = load_checkpoint(trained.model)["labels"]
+    names = load_checkpoint(trained.model).run.labels.names
     other = tuple(reversed(names))
     batch = pad(EncodedData(trained.data / "valid.txt.ids").rows(range(5)))
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_answers_are_the_teachers_logits_and_are_kept(trained: Place, monkeypatc
     monkeypatch.undo()
     # Another teacher, or other sentences, and they are asked for anew.
     checkpoint = load_checkpoint(trained.model)
-    checkpoint["model"]["decoder.output.bias"] = checkpoint["model"]["decoder.output.bias"] + 1.0
+    checkpoint.model["decoder.output.bias"] = checkpoint.model["decoder.output.bias"] + 1.0
     save_checkpoint({key: value for key, value in checkpoint.items() if key != "format"}, trained.root / "other.pt")
     other = answer(load(trained, path=trained.root / "other.pt"), data, False, 7, device)
     np.testing.assert_allclose(other, found + 1.0, atol=1e-5)

@@ -25,7 +25,7 @@ from dataset import EncodedData
 from model import load_classifier
 from sentence_classifier.errors import InputError
 from text import labels as labelling
-from text.labels import column_order, find_record, write_record
+from text.labels import column_order, find_logits_info, write_logits_info
 from text.lines import MASK, NO_LABEL, LabelParser, Labels, WordTokenizer
 from training.distillation import Teacher, answer, labelled_by
 from util import load_checkpoint, save_checkpoint
@@ -72,10 +72,10 @@ def expected_logits(place: Place, path: Path | None = None) -> np.ndarray:
     """The teacher's logits, a sentence at a time."""
     checkpoint = load_checkpoint(path or place.model)
     model = load_classifier(checkpoint, [str(place.data)]).eval()
-    tokenizer = WordTokenizer(checkpoint["vocabulary"], {**checkpoint["facts"], "augmented": True})
+    tokenizer = WordTokenizer(checkpoint.run.vocabulary, {**checkpoint.run.encoding, "augmented": True})
     with torch.inference_mode():
         return np.concatenate([model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)).numpy()
-                               for ids, _ in tokenizer.encode_batch(TEXT)])
+                               for ids, _ in tokenizer.tokenize_batch(TEXT)])
 
 
 # -------------------------------------------------------------------------------------------------------- the course
@@ -87,9 +87,9 @@ def test_what_a_teacher_writes(labelled: Place) -> None:
     numbers = np.array([[float(part) for part in row.split(" ")] for _, row in found])
     np.testing.assert_allclose(numbers, expected_logits(labelled), atol=1e-5)
     assert EncodedData(labelled.data / "augmented.raw.ids").targets.tolist() == [NO_LABEL] * len(TEXT)
-    record = find_record(labelled.data / "augmented.raw.pred")
+    record = find_logits_info(labelled.data / "augmented.raw.pred")
     assert record is not None and tuple(record["labels"]) == NAMES
-    assert record["teacher"]["run_id"] == load_checkpoint(labelled.model)["run_id"]
+    assert record["teacher"]["run_id"] == load_checkpoint(labelled.model).run.run_id
     assert record["teacher"]["model_path"].endswith("model.pt")
     assert record["source"]["file"] == "augmented.raw"
 
@@ -136,19 +136,19 @@ def test_several_teachers_label_with_the_mean_of_their_logits(labelled: Place) -
     own = np.array([row[1].split() for row in rows(place.data / "augmented.raw.pred")], np.float64)
     checkpoint = load_checkpoint(place.model)
     other = place.root / "other.pt"
-    doubled = {name: 2 * value if name.startswith("decoder") else value for name, value in checkpoint["model"].items()}
+    doubled = {name: 2 * value if name.startswith("decoder") else value for name, value in checkpoint.model.items()}
     save_checkpoint({**checkpoint, "model": doubled, "run_id": "another"}, other)
     expected = expected_logits(place) + expected_logits(place, other)
     np.testing.assert_allclose([[float(x) for x in row[1].split()] for row in
                                 rows(label(place, f"--more_teachers={other}"))], expected / 2, atol=1e-5)
     assert np.abs(expected / 2 - own).max() > 1e-3
-    record = find_record(place.data / "augmented.raw.pred")
-    assert record and record["teacher"]["run_ids"] == [checkpoint["run_id"], "another"]
+    record = find_logits_info(place.data / "augmented.raw.pred")
+    assert record and record["teacher"]["run_ids"] == [checkpoint.run.run_id, "another"]
     data = encode_student(place)
     assert data.has_logits and labelled_by(data) is None  # no one teacher's
 
     before, flags = snapshot(place.data), place.evaluate_flags("--augmented")
-    save_checkpoint({**checkpoint, "labels": list(reversed(checkpoint["labels"])), "run_id": "a third"}, other)
+    save_checkpoint({**checkpoint, "labels": list(reversed(checkpoint.run.labels.names)), "run_id": "a third"}, other)
     assert "its labels" in refusal(evaluate.main, *flags, f"--more_teachers={other}")
     assert "of the same run" in refusal(evaluate.main, *flags, f"--more_teachers={place.model}")
     assert "goes with --augmented" in refusal(evaluate.main, *place.evaluate_flags(f"--more_teachers={other}"))
@@ -168,7 +168,7 @@ def test_a_teacher_need_not_answer_again_what_it_labelled(labelled: Place) -> No
     checkpoint = load_checkpoint(labelled.model)
     data = encode_student(labelled)
     own, other = (Teacher({**checkpoint, "run_id": run_id}, str(labelled.model), [str(labelled.data)], data.labels)
-                  for run_id in (checkpoint["run_id"], "another"))
+                  for run_id in (checkpoint.run.run_id, "another"))
     answered = labelled.data / "augmented.txt.teacher"
     for teacher, asked in ((own, False), (other, True)):
         np.testing.assert_allclose(answer(teacher, data, True, 7, torch.device("cpu")), expected_logits(labelled),
@@ -197,7 +197,7 @@ def test_columns_are_put_into_the_order_of_label_txt(labelled: Place) -> None:
     turned = list(reversed(rows(train_path)))  # so that the labels first appear in another order
     write_lines(train_path, [(sentence, label) for sentence, label in turned])
     preprocess.main(labelled.preprocess_flags())
-    names = Labels.read(labelled.data / "label.txt").names
+    names = read_labels(labelled.data / "label.txt").names
     assert names != NAMES
     after = encode_student(labelled).targets
     np.testing.assert_array_equal(after, before[:, [NAMES.index(name) for name in names]])
@@ -275,7 +275,7 @@ def test_bad_logits_name_file_and_line(labelled: Place, wrong: str, says: str) -
     lines[4][1] = wrong
     target = labelled.data / "augmented.txt"
     write_lines(target, [(sentence, row) for sentence, row in lines])
-    write_record(target, list(NAMES))
+    write_logits_info(target, list(NAMES))
     said = refused(labelled)
     assert said.startswith(f"{target}:5: ")
     assert says in said or wrong == "dummy" and "says that there is none" in said
@@ -302,7 +302,7 @@ def test_the_mask_is_an_unknown_word(tokenizer: str) -> None:
     facts = {"tokenizer": tokenizer, "lowercase": True, "n_ctx": 5}
     vocabulary = "<pad>\n<unk>\nplay\nmask\n[mask]\n[\n]\n"
     augmented = WordTokenizer(vocabulary, {**facts, "augmented": True})
-    assert augmented.encode_batch(["play [MASK] play", MASK, f"{MASK} {MASK} play play play play", "play"]) == [
+    assert augmented.tokenize_batch(["play [MASK] play", MASK, f"{MASK} {MASK} play play play play", "play"]) == [
         ([2, 1, 2], 3), ([1], 1), ([1, 1, 2, 2, 2], 6), ([2], 1)]
     assert 1 not in WordTokenizer(vocabulary, facts)("play [MASK]")
 
@@ -334,7 +334,7 @@ def test_labelling_needs_the_encoding(trained: Place) -> None:
 
 def test_a_broken_teacher(labelled: Place) -> None:
     checkpoint = load_checkpoint(labelled.model)
-    next(iter(reversed(checkpoint["model"].values()))).fill_(float("nan"))
+    next(iter(reversed(checkpoint.model.values()))).fill_(float("nan"))
     save_checkpoint(checkpoint, labelled.model)
     before = snapshot(labelled.data)
     said = refusal(evaluate.main, *labelled.evaluate_flags("--augmented"))
@@ -358,10 +358,10 @@ def test_where_a_temperature_has_a_meaning(labelled: Place, flags: list[str], sa
 def test_records_of_two_files_do_not_meet(tmp_path: Path) -> None:
     for name, content, labels in (("a", "x\t1 2\n", ["no", "yes"]), ("b", "x\t2 1\n", ["yes", "no"])):
         (tmp_path / name).write_text(content)
-        write_record(tmp_path / name, labels)
+        write_logits_info(tmp_path / name, labels)
     shutil.copy(tmp_path / "b", tmp_path / "c")
-    assert [(find_record(tmp_path / name) or {})["labels"][0] for name in "abc"] == ["no", "yes", "yes"]
+    assert [(find_logits_info(tmp_path / name) or {})["labels"][0] for name in "abc"] == ["no", "yes", "yes"]
     (tmp_path / "c").write_text("x\t2 1.0\n")
-    assert find_record(tmp_path / "c") is None
+    assert find_logits_info(tmp_path / "c") is None
     with pytest.raises(InputError, match="no record"):
         column_order(tmp_path / "c", Labels(("no", "yes")), required=True)

@@ -173,7 +173,7 @@ def test_checkpoints_are_whole(runs: Runs, name: str) -> None:
     found = json.loads((runs.root / f"{name}.pt.test.json").read_text())
     assert found["examples"] == 60
     same = "gpt-1" if name == "gpt-2" else "zero-0"
-    expected, weights = (load_checkpoint(runs.root / f"{which}.pt")["model"] for which in (same, name))
+    expected, weights = (load_checkpoint(runs.root / f"{which}.pt").model for which in (same, name))
     assert expected.keys() == weights.keys()
     assert all(torch.allclose(expected[key], weights[key], atol=1e-3) for key in expected)
 

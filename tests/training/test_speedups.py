@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model import parameter_groups
 from pretrained.loading import load_pretrained
-from training.speedups import FastDropout, attention, quicken
+from training.speedups import FastDropout, attention, speed_up_training
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -120,7 +120,7 @@ def test_rows_that_are_read_learn_as_in_the_whole_table(tmp_path: Path, name: st
     ids = torch.tensor([[5, 7, 9, 7], [5, 8, 8, 10]])
     whole, part = load_pretrained(folder).eval(), load_pretrained(folder).eval()
     before = whole.get_input_embeddings().weight.detach().clone()
-    quicken(part, torch.device("cpu"), ids.flatten().numpy())
+    speed_up_training(part, torch.device("cpu"), ids.flatten().numpy())
     assert part.get_input_embeddings().weight.shape[0] == 5
     for model in (whole, part):
         classifier_steps(model, ids, 3)
@@ -147,13 +147,13 @@ def test_a_table_that_has_other_uses_is_trained_as_a_whole(tmp_path: Path) -> No
     padded = load_pretrained(str(tmp_path / "bert"))
     for model, ids in ((tied, [5]), (frozen, [5]), (padded, [padded.get_input_embeddings().padding_idx])):
         rows = len(model.get_input_embeddings().weight)
-        quicken(model, torch.device("cpu"), ids)
+        speed_up_training(model, torch.device("cpu"), ids)
         assert len(model.get_input_embeddings().weight) == rows
 
 
 def test_a_table_of_another_size_is_refused_as_ever(tmp_path: Path) -> None:
     model = load_pretrained(str(make_model("BERT", tmp_path / "model", WORDS)))
-    quicken(model, torch.device("cpu"), [5, 6])
+    speed_up_training(model, torch.device("cpu"), [5, 6])
     state = model.state_dict()
     name = next(key for key in state if "word_embeddings" in key)
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -164,7 +164,7 @@ def test_only_plain_dropout_and_torchs_attention_are_replaced(tmp_path: Path) ->
     folder = str(make_model("BERT", tmp_path / "model", WORDS))
     model = load_pretrained(folder)
     model.more = nn.Sequential(nn.Dropout(0.3), nn.Dropout1d(0.4))
-    quicken(model, torch.device("cpu"), None)
+    speed_up_training(model, torch.device("cpu"), None)
     assert {type(m) for m in model.modules() if isinstance(m, nn.Dropout)} == {FastDropout}
     assert type(model.more[1]) is nn.Dropout1d and model.more[0].p == 0.3
     used: list[bool] = []
@@ -181,5 +181,5 @@ def test_only_plain_dropout_and_torchs_attention_are_replaced(tmp_path: Path) ->
     assert len(used) == LAYERS
     eager = load_pretrained(folder)
     eager.set_attn_implementation("eager")  # as for a teacher whose attentions are read
-    quicken(eager, torch.device("cpu"), None)
+    speed_up_training(eager, torch.device("cpu"), None)
     assert eager.config._attn_implementation == "eager"

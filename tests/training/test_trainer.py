@@ -34,8 +34,8 @@ def make_trainer(place: Place, *flags: str) -> Trainer:
     args, _ = train.get_params(place.train_flags(*flags))
     data = EncodedData(place.data / "train.txt.ids")
     torch.manual_seed(args.seed)
-    table = load_table(place.data / "embedding.npy", data.facts["table"])
-    model = build_model(make_config(dropout=0.0), 4, WordEmbedding(table, data.facts["seen_rows"]))
+    table = load_table(place.data / "embedding.npy", data.encoding.table)
+    model = build_model(make_config(dropout=0.0), 4, WordEmbedding(table, data.encoding.seen_rows))
     record = {"run_id": "test", "identity": "test", "flags": {}}
     made = Trainer(model, data, EncodedData(place.data / "valid.txt.ids"), args, record, Accelerator(cpu=True))
     made.writer = Silent()
