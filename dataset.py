@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from text.arrays import ENCODED_FORMAT, fingerprint, open_arrays
+from text.labels import UNKNOWN_LABEL
 from util import EncodingInfo, RunInfo, sha256
 
 
@@ -60,6 +60,9 @@ class Batch:
         return len(self.input_ids if self.targets is None else self.targets)
 
 
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
 def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None) -> Batch:
     """A batch of token id rows, padded to the longest."""
     lengths = np.array([len(row) for row in rows])
@@ -70,7 +73,7 @@ def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None) -> Batch:
                  None if targets is None else torch.from_numpy(targets))
 
 
-class EncodedData(Dataset):
+class EncodedData:
     """One encoded file, memory-mapped.
 
     Attributes:
@@ -114,6 +117,11 @@ class EncodedData(Dataset):
         """Whether the targets are logits."""
         return self.targets.ndim == 2
 
+    @property
+    def unknown_labels(self) -> int:
+        """How many sentences have a label that train.txt lacks."""
+        return 0 if self.has_logits else int((self.targets == UNKNOWN_LABEL).sum())
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -133,11 +141,8 @@ class EncodedData(Dataset):
         """The token ids of the examples at `indices`."""
         return [self.token_ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The batch of the examples at `indices` (torch's loader calls this in place of one call an example).
-
-        None gives a sentence without a target, see Batch.
-        """
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of the examples at `indices`; of none, a sentence without a target, see Batch."""
         rows = self.rows(indices or [0])
         targets = self.targets[np.asarray(indices, dtype=np.int64)]
         return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
@@ -155,12 +160,12 @@ def check_same_data(data: EncodedData, run: RunInfo, path: str) -> None:
                              "preprocess.py as for that model (evaluate.py --enable_inference reads raw text).")
 
 
-class BucketSampler(Sampler[list[int]]):
+class BucketSampler:
     """Batches of sentences of like length, so that little of a batch is padding.
 
     Each epoch shuffles all examples, sorts them by length within pools of `pool` batches, cuts the pools into
     batches and shuffles these. The order is a function of (seed, epoch) alone, so that a resumed run finds its place,
-    and so that runs whose optimizer steps take equally many sentences take the same ones, see `share`.
+    and so that runs whose optimizer steps take equally many sentences take the same ones, see `shard`.
 
     Args:
         lengths: [N] tokens in each sentence.
@@ -208,25 +213,22 @@ def shard(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) ->
     return [part.tolist() for part in np.array_split(batch[process::processes], parts)]
 
 
-def make_loader(data: EncodedData, batches: Iterable[list[int]], pin_memory: bool = False) -> Iterator[Batch]:
+def prefetch(read: Callable[[Sequence[int]], AnyBatch], batches: Iterable[Sequence[int]],
+             pin_memory: bool = False) -> Iterator[AnyBatch]:
     """The batches of the examples at these indices, each assembled while the one before it is computed.
 
-    Torch's global random state is left alone (a resumed run needs it so).
-
     Args:
+        read: from indices to a batch, such as EncodedData.batch.
         pin_memory: for asynchronous copies to a GPU.
     """
-    loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=_as_it_is, generator=torch.Generator(),
-                             pin_memory=pin_memory))
     with ThreadPoolExecutor(1) as worker:
-        waiting = worker.submit(next, loader, None)
-        while (batch := waiting.result()) is not None:
-            waiting = worker.submit(next, loader, None)
-            yield batch
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        waiting = None
+        for indices in batches:
+            ready, waiting = waiting, worker.submit(read, indices)
+            if ready:
+                yield ready.result().pin_memory() if pin_memory else ready.result()
+        if waiting:
+            yield waiting.result().pin_memory() if pin_memory else waiting.result()
 
 
 def load_table(path: str | Path, expected: str) -> Tensor:

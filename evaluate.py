@@ -30,13 +30,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from cli.config import check_same_config, load_config
 from cli.flags import (
     Parser,
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
-    check_same_config,
-    load_config,
     natural_int,
     number,
     one_of,

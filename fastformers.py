@@ -18,108 +18,116 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cli.flags import (
-    Parser,
-    check_same_config,
-    load_config,
-    natural_int,
-    number,
-    number_list,
-    one_of,
-    positive_int,
-)
-from cli.training_flags import (
-    Run,
-    add_training_flags,
-    begin,
-    check_training_flags,
-    finish,
-    load_data,
-    new_model,
-    publish,
-)
+from cli.config import check_same_config, encoded_kind, load_config, parse_with_config
+from cli.flags import Parser, changed, natural_int, number, number_list, one_of, positive_int
+from cli.training_flags import INT8_MODES, add_training_flags, check_training_flags
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.tokenizers import SUBWORDS
-from util import Checkpoint, atomic_write, open_input, sha256
+from train import run
+from util import Checkpoint, open_input, picture, sha256
+
+if TYPE_CHECKING:  # --help loads no torch
+    from training.distillation import Teacher
+    from training.run import Run
+    from training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags and the config."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, __file__)
     what = parser.add_argument_group("what to do")
-    what.add_argument("--do_distill", action="store_true", help="train a student on what a teacher answers")
-    what.add_argument("--do_prune", action="store_true", help="remove attention heads and feed-forward units")
+    what.add_argument("--do_distill", action="store_true", help="Train a student on what a teacher answers.")
+    what.add_argument("--do_prune", action="store_true", help="Remove attention heads and feed-forward units.")
     add_distillation_flags(parser)
     add_pruning_flags(parser)
     add_training_flags(parser)
-    args, config = parser.parse_with_config(argv)
-    args.command = " ".join(["fastformers.py", *(sys.argv[1:] if argv is None else argv)])
+    args, config = parse_with_config(parser, argv)
     if one_of(args, "do_distill", "do_prune") is None:
         parser.error("say what to do: --do_distill or --do_prune")
-    check_training_flags(parser, args, config)
+    check_training_flags(args, encoded_kind(config))
+    check_processes(args)
+    if args.do_distill:
+        check_distillation_flags(args)
+        return changed(args, teacher_sha256=sha256(args.teacher_model_path)), config  # a resumed run has the same one
+    check_pruning_flags(args)
     return args, config
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse several processes."""
+    if args.zero_stage or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("fastformers.py runs in one process, without DeepSpeed: start it with python, and without "
+                         "--zero_stage.")
 
 
 def add_distillation_flags(parser: Parser) -> None:
     """--do_distill's own flags."""
     teacher = parser.add_argument_group("distillation")
-    teacher.add_argument("--teacher_config", help="checked against the teacher's checkpoint, which holds its own")
-    teacher.add_argument("--teacher_model_path", help="the teacher: a checkpoint of train.py")
+    teacher.add_argument("--teacher_config", help="A config that the teacher's checkpoint is checked against; the "
+                                                  "checkpoint holds its own.")
+    teacher.add_argument("--teacher_model_path", help="The teacher: a checkpoint of train.py.")
     teacher.add_argument("--teacher_bert_model_name_or_path",
-                         help="the teacher's --bert_output_dir, checked to be of the same run (the checkpoint holds "
-                              "all that is needed)")
+                         help="The teacher's --bert_output_dir, checked to be of the same run; the checkpoint holds "
+                              "all that is needed.")
     teacher.add_argument("--hard_loss_ratio", type=number(0, 1), default=0.0,
-                         help="share of --criterion on the labels; the rest is the loss on the teacher's logits "
-                              "(default: 0.0)")
+                         help="The weight of --criterion on the labels; the rest is the weight of the loss on the "
+                              "teacher's logits (default: 0.0).")
     teacher.add_argument("--state_loss_ratio", type=number(), default=0.0,
-                         help="weight of the loss on hidden states (default: 0.0)")
+                         help="The weight of the loss on hidden states (default: 0.0).")
     teacher.add_argument("--state_distill_cs", action="store_true",
-                         help="cosine distance of hidden states in place of squared differences")
+                         help="Compare hidden states by their cosine in the place of squared differences.")
     teacher.add_argument("--att_loss_ratio", type=number(), default=0.0,
-                         help="weight of the loss on attentions (default: 0.0)")
+                         help="The weight of the loss on attentions (default: 0.0).")
     teacher.add_argument("--student_init_layers", type=number_list, metavar="0,2,4",
-                         help="the student begins with these layers of the teacher, and its embeddings")
+                         help="Let the student begin with these layers of the teacher, and its embeddings.")
     teacher.add_argument("--logging_steps", type=positive_int, default=500,
-                         help="steps between log lines of the parts of the loss (default: 500)")
+                         help="Log the parts of the loss after this many steps (default: 500).")
     teacher.add_argument("--log_evaluate_during_training", action="store_true",
-                         help="with each of them accuracy and loss on the valid data")
+                         help="Log accuracy and loss on the valid data with them.")
     teacher.add_argument("--compare_with", metavar="OTHER.train.json", nargs="+", default=[],
-                         help="runs whose curves are drawn beside this one's")
+                         help="Draw the curves of these runs beside this one's.")
     mpl = parser.add_argument_group("meta pseudo labels, before distillation")
-    mpl.add_argument("--mpl_data_path", help="unlabelled text, such as DATA_DIR/augmented.raw; labels are passed over")
+    mpl.add_argument("--mpl_data_path", help="The unlabelled text, such as DATA_DIR/augmented.raw; labels in it are "
+                                             "passed over.")
     mpl.add_argument("--mpl_epoch", type=positive_int, default=1,
-                     help="passes over the labelled data; each step takes as many unlabelled sentences (default: 1)")
+                     help="Passes over the labelled data; each step takes as many unlabelled sentences (default: 1).")
     mpl.add_argument("--mpl_labels", choices=("hard", "soft"), default="hard",
-                     help="pseudo labels drawn from the teacher's probabilities, or these themselves (default: hard)")
+                     help="Draw pseudo labels from the teacher's probabilities (hard), or take these themselves "
+                          "(default: hard).")
     mpl.add_argument("--mpl_warmup_steps", type=natural_int, default=1000,
-                     help="steps of the teacher's rising learning rate (default: 1000)")
-    mpl.add_argument("--mpl_learning_rate", type=number(), default=5e-5, help="the teacher's (default: 5e-5)")
-    mpl.add_argument("--mpl_weight_decay", type=number(), default=0.1, help="the teacher's (default: 0.1)")
+                     help="Let the teacher's learning rate rise for this many steps (default: 1000).")
+    mpl.add_argument("--mpl_learning_rate", type=number(), default=5e-5,
+                     help="The teacher's highest learning rate (default: 5e-5).")
+    mpl.add_argument("--mpl_weight_decay", type=number(), default=0.1,
+                     help="The teacher's weight decay (default: 0.1).")
 
 
 def add_pruning_flags(parser: Parser) -> None:
     """--do_prune's own flags."""
     prune = parser.add_argument_group("pruning")
     prune.add_argument("--model_path", default="pytorch-model.pt",
-                       help="the checkpoint to prune (default: %(default)s)")
-    prune.add_argument("--target_num_heads", type=positive_int, default=8, help="heads a layer (default: 8)")
+                       help="The checkpoint to prune (default: %(default)s).")
+    prune.add_argument("--target_num_heads", type=positive_int, default=8,
+                       help="Attention heads that each layer keeps (default: 8).")
     prune.add_argument("--target_ffn_dim", type=positive_int, default=2048,
-                       help="feed-forward units a layer (default: 2048)")
+                       help="Feed-forward units that each layer keeps (default: 2048).")
     prune.add_argument("--dont_normalize_importance_by_layer", action="store_true",
-                       help="report importance as it is, not by each layer's L2 norm; which heads and units go is "
-                            "decided within each layer, so that it is the same")
-    prune.add_argument("--save_path_pruned", default="pytorch-model-pruned.pt", help="(default: %(default)s)")
-    prune.add_argument("--bert_output_dir_pruned", default="bert-checkpoint-pruned", help="(default: %(default)s)")
+                       help="Report importance as it is, not divided by each layer's L2 norm. Which heads and units go "
+                            "is decided within each layer, so that it is the same.")
+    prune.add_argument("--save_path_pruned", default="pytorch-model-pruned.pt",
+                       help="The checkpoint to write (default: %(default)s).")
+    prune.add_argument("--bert_output_dir_pruned", default="bert-checkpoint-pruned",
+                       help="The folder for the pruned transformer and its tokenizer (default: %(default)s).")
     prune.add_argument("--recover_epoch", type=natural_int, default=0,
-                       help="epochs of training after it, with train.py's flags; the best is kept (default: 0)")
+                       help="Train for this many epochs after pruning, by the flags below; the best model is kept "
+                            "(default: 0).")
 
 
 # ---------------------------------------------------------------------------------------------------- distillation
@@ -135,10 +143,9 @@ def check_distillation_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--{flag}={teacher}: that is the teacher; name another place for the student.")
     if args.mpl_data_path and not Path(args.mpl_data_path).is_file():
         raise InputError(f"--mpl_data_path={args.mpl_data_path}: no such file.")
-    int8 = ("enable_qat", "enable_qat_fx", "enable_diffq")
-    refused = {"state_loss_ratio": ("compile", *int8), "att_loss_ratio": ("compile", *int8),
+    refused = {"state_loss_ratio": ("compile", *INT8_MODES), "att_loss_ratio": ("compile", *INT8_MODES),
                "student_init_layers": ("bert_remove_layers", "restore_path"),
-               "mpl_data_path": ("resume", "fp16", "compile", "lora_r", *int8)}
+               "mpl_data_path": ("resume", "fp16", "compile", "lora_r", *INT8_MODES)}
     for flag, others in refused.items():
         if other := next((other for other in others if getattr(args, flag) and getattr(args, other)), None):
             raise InputError(f"--{flag} and --{other} do not go together; leave one of them out.")
@@ -152,38 +159,39 @@ def load_teacher(args: argparse.Namespace) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if args.teacher_config:
         check_same_config(load_config(args.teacher_config), args.teacher_config, checkpoint.run.config, path)
-    run = saved_fact(folder, RUN_ID) if folder else None  # none: the pretrained model, say, which is not needed
-    if run not in (None, checkpoint.run.run_id):
-        raise InputError(f"{folder}: of run {run}, and {path} is of run {checkpoint.run.run_id}; give the folder of "
+    found = saved_fact(folder, RUN_ID) if folder else None  # none: the pretrained model, say, which is not needed
+    if found not in (None, checkpoint.run.run_id):
+        raise InputError(f"{folder}: of run {found}, and {path} is of run {checkpoint.run.run_id}; give the folder of "
                          "the same run, or none.")
-    args.teacher_sha256 = sha256(path)  # a resumed run has the same teacher
     return checkpoint
 
 
 def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Train a student on what a teacher answers."""
-    check_distillation_flags(args)
-    others = {name: read_curve(name) for name in args.compare_with}
-    checkpoint = load_teacher(args)
-
     from training.distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
 
-    make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else new_model
-    run = begin(args, config, make_model)
-    device, path = run.accelerator.device, args.teacher_model_path
-    teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint.run.flags["data_dir"]], run.train.labels)
-    logits = answer(teacher, run.train, args.augmented, args.eval_batch_size, device)
-    more: dict[str, Any] = {"teacher": {"path": path, "run_id": checkpoint.run.run_id, "sha256": args.teacher_sha256}}
-    if args.mpl_data_path:
-        more["mpl_history"] = learn_pseudo_labels(run, teacher)
-        teacher.model.load_state_dict(checkpoint.model)  # the one that answered
-    trainer = DistillationTrainer(run.model, TaughtData(run.train.path, logits), run.valid, args, run.info,
-                                  run.accelerator, teacher, run.state)
-    curve = join(finish(run, trainer, more))
-    draw_curves({args.save_path: curve, **others}, f"{args.save_path}.curves.png")
+    others = {name: read_curve(name) for name in args.compare_with}
+    checkpoint = load_teacher(args)
+    path = args.teacher_model_path
+    make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else None
+
+    def make_trainer(begun: Run) -> Trainer:
+        teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint.run.flags["data_dir"]], begun.train.labels)
+        logits = answer(teacher, begun.train, args.augmented, args.eval_batch_size, begun.accelerator.device)
+        notes: dict[str, Any] = {"teacher": {"path": path, "run_id": checkpoint.run.run_id,
+                                             "sha256": args.teacher_sha256}}
+        if args.mpl_data_path:
+            notes["mpl_history"] = learn_pseudo_labels(begun, teacher)
+            teacher.model.load_state_dict(checkpoint.model)  # the one that answered
+        trainer = DistillationTrainer(replace(begun, train=TaughtData(begun.train.path, logits)), teacher)
+        trainer.notes = notes
+        return trainer
+
+    run(args, config, make_model=make_model, make_trainer=make_trainer, taught=True)
+    draw_curves({args.save_path: read_curve(f"{args.save_path}.train.json"), **others}, f"{args.save_path}.curves.png")
 
 
-def learn_pseudo_labels(run: Run, teacher: Any) -> list[dict[str, float]]:
+def learn_pseudo_labels(begun: Run, teacher: Teacher) -> list[dict[str, float]]:
     """Train the student, and the teacher, with meta pseudo labels; leave the student where it was best on valid.
 
     Returns:
@@ -192,17 +200,16 @@ def learn_pseudo_labels(run: Run, teacher: Any) -> list[dict[str, float]]:
     from training.meta_pseudo_labels import MetaTrainer
     from util import load_checkpoint
 
-    if run.accelerator.scaler:
+    if begun.accelerator.scaler:
         raise InputError("--mpl_data_path: meta pseudo labels are learned in bf16 or fp32.")
-    changes = {"epoch": run.args.mpl_epoch, "save_path": f"{run.args.save_path}.mpl"}
-    args = argparse.Namespace(**{**vars(run.args), **changes})
-    info = replace(run.info, run_id=f"{run.info.run_id}-mpl")
-    trainer = MetaTrainer(run.model, run.train, run.valid, args, info, run.accelerator, teacher)
+    args = changed(begun.args, epoch=begun.args.mpl_epoch, save_path=f"{begun.args.save_path}.mpl")
+    info = replace(begun.info, run_id=f"{begun.info.run_id}-mpl")
+    trainer = MetaTrainer(replace(begun, args=args, info=info), teacher)
     best = trainer.fit()
     logger.info("[meta pseudo labels] best at step %d: valid loss %.4f, valid accuracy %.4f; the student goes on from "
                 "there", best["step"], best["valid_loss"], best["valid_accuracy"])
-    run.model.load_state_dict(load_checkpoint(args.save_path).model)
-    return trainer.history
+    begun.model.load_state_dict(load_checkpoint(args.save_path).model)
+    return trainer.progress.history
 
 
 def join(results: dict[str, Any]) -> list[dict[str, float]]:
@@ -224,22 +231,14 @@ def read_curve(path: str) -> list[dict[str, float]]:
 
 def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
     """Draw accuracy and loss on valid by optimizer step, a line for each run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, key, name in zip(panels, ("valid_accuracy", "valid_loss"), ("accuracy", "loss"), strict=True):
-        for run, curve in curves.items():
-            axes.plot([point["step"] for point in curve], [point[key] for point in curve], marker=".", label=run)
-        axes.set_xlabel("optimizer steps of the student")
-        axes.set_title(f"{name} on valid")
-        axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    with picture(path, columns=2, figsize=(11, 4.5)) as (figure, panels):
+        for axes, key, name in zip(panels, ("valid_accuracy", "valid_loss"), ("accuracy", "loss"), strict=True):
+            for one, curve in curves.items():
+                axes.plot([point["step"] for point in curve], [point[key] for point in curve], marker=".", label=one)
+            axes.set_xlabel("optimizer steps of the student")
+            axes.set_title(f"{name} on valid")
+            axes.grid(alpha=0.3)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
 
 
 # --------------------------------------------------------------------------------------------------------- pruning
@@ -250,25 +249,27 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from compression import pruning
     from dataset import check_same_data
     from model import load_classifier
-    from pretrained.loading import check_output_folder, merged_weights
+    from pretrained.loading import check_output_folder
     from training.losses import evaluate
-    from training.trainer import Trainer
-    from util import choose_device, load_checkpoint, save_checkpoint, write_json
+    from training.run import load_data
+    from util import choose_device, load_checkpoint, write_json
 
     checkpoint = load_checkpoint(args.model_path)
-    check_pruning_flags(args, config, checkpoint)
+    if checkpoint.run.encoding.kind != SUBWORDS:
+        raise InputError(f"{args.model_path}: a model of word vectors, which has no attention heads; --do_prune takes "
+                         "transformers.")
+    check_same_config(config, args.config, checkpoint.run.config, args.model_path)
     device = choose_device(args.device)
-    train, valid = load_data(args, config)
+    train, valid = load_data(args, config, SUBWORDS)
     check_same_data(train, checkpoint.run, args.model_path)
     model = load_classifier(checkpoint, []).to(device)
     model.embedding.token_cutoff = args.token_cutoff
     transformer: Any = model.embedding.transformer
     pruning.check_targets(transformer, args.target_num_heads, args.target_ffn_dim)
-    args.bert_model_name_or_path = tokenizer_folder(args, checkpoint)
-    # From here on it is a run that begins with what is left of the model.
-    args.save_path, args.bert_output_dir = args.save_path_pruned, args.bert_output_dir_pruned
-    args.epoch = args.recover_epoch
-    check_output_folder(args.bert_output_dir, args.data_dir)
+    # What follows is a run that begins with what is left of the model.
+    rest = changed(args, save_path=args.save_path_pruned, bert_output_dir=args.bert_output_dir_pruned,
+                   epoch=args.recover_epoch, bert_model_name_or_path=tokenizer_folder(args, checkpoint))
+    check_output_folder(rest.bert_output_dir, rest.data_dir)
     if checkpoint.quantization:
         logger.warning("[%s] was trained for int8; its fp32 weights are pruned, and the result answers in int8 as any "
                        "model does, or trained with --recover_epoch and the same flag", args.model_path)
@@ -277,42 +278,30 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     figures["before"]["mb"] = os.path.getsize(args.model_path) / 1e6
     importance = pruning.measure_importance(model, valid, args.eval_batch_size, device)
     pruning.prune(transformer, importance, args.target_num_heads, args.target_ffn_dim)
-    metrics = evaluate(model, valid, args.eval_batch_size, device)
-    figures["pruned"] = measure(model, metrics)
-    decoder = {name: value.clone() for name, value in model.decoder.state_dict().items()}
-    run = begin(args, config, lambda *_: model.cpu())
-    run.model.decoder.load_state_dict(decoder)  # one of Gaussians was fitted anew
+    figures["pruned"] = measure(model, evaluate(model, valid, args.eval_batch_size, device))
+    notes = {"pruned_run_id": checkpoint.run.run_id, **figures}
+    best = run(rest, config, make_model=lambda *_: model.cpu(), notes=notes)
     if args.recover_epoch:
-        trainer = Trainer(run.model, run.train, run.valid, args, run.info, run.accelerator, state=run.state)
-        finish(run, trainer, {"pruned_run_id": checkpoint.run.run_id, **figures})
-        figures["recovered"] = {"loss": trainer.best["valid_loss"], "accuracy": trainer.best["valid_accuracy"],
+        figures["recovered"] = {"loss": best["valid_loss"], "accuracy": best["valid_accuracy"],
                                 "parameters": figures["pruned"]["parameters"]}
-    else:
-        point = {"step": 0, "epoch": 0, "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"]}
-        save_checkpoint(Checkpoint(run=run.info, metrics=point, model=merged_weights(run.model)), args.save_path)
-        publish(args, run.info.identity)
-    figures[list(figures)[-1]]["mb"] = os.path.getsize(args.save_path) / 1e6
+    figures[list(figures)[-1]]["mb"] = os.path.getsize(rest.save_path) / 1e6
     if not args.dont_normalize_importance_by_layer:
         importance = importance.normalized()
     for name, row in figures.items():
         logger.info("[%s] %d parameters%s: valid accuracy %.4f, valid loss %.4f", name, row["parameters"],
                     f", {row['mb']:.1f} MB" if "mb" in row else "", row["accuracy"], row["loss"])
-    pruning.draw_importance(importance, args.target_num_heads, args.target_ffn_dim, f"{args.save_path}.importance.png")
-    write_json({**run.info.summary(), "pruned_run_id": checkpoint.run.run_id, **figures,
-                "importance_of_heads": importance.heads.tolist()}, f"{args.save_path}.prune.json")
+    pruning.draw_importance(importance, args.target_num_heads, args.target_ffn_dim, f"{rest.save_path}.importance.png")
+    write_json({**load_checkpoint(rest.save_path).run.summary(), "pruned_run_id": checkpoint.run.run_id, **figures,
+                "importance_of_heads": importance.heads.tolist()}, f"{rest.save_path}.prune.json")
 
 
-def check_pruning_flags(args: argparse.Namespace, config: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse flags that do not go with --do_prune, and models that have nothing to prune."""
+def check_pruning_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go with --do_prune."""
     for flag in ("restore_path", "bert_remove_layers", "bert_use_feature_based", "gradient_checkpointing"):
         if getattr(args, flag):
             raise InputError(f"--{flag} has no meaning for --do_prune; leave it out.")
     if Path(args.save_path_pruned).absolute() == Path(args.model_path).absolute():
         raise InputError(f"--save_path_pruned={args.save_path_pruned}: that is --model_path; name another file.")
-    if checkpoint.run.encoding.kind != SUBWORDS:
-        raise InputError(f"{args.model_path}: a model of word vectors, which has no attention heads; --do_prune takes "
-                         "transformers.")
-    check_same_config(config, args.config, checkpoint.run.config, args.model_path)
 
 
 def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
@@ -342,9 +331,6 @@ def measure(model: Any, metrics: dict[str, float]) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
     args, config = get_params(argv)
-    if args.zero_stage or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("fastformers.py runs in one process, without DeepSpeed: start it with python, and without "
-                         "--zero_stage.")
 
     from util import setup_logging
 

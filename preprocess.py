@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from cli.config import encoded_kind, parse_with_config
 from cli.flags import (
     EMBEDDING_PATH,
     Parser,
     add_bert_flag,
     add_config_flag,
     add_data_dir_flag,
-    encoded_kind,
     natural_int,
     number,
     positive_int,
@@ -57,7 +57,7 @@ SPLITS = ("train.txt", "valid.txt", "test.txt")
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags and the config."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, __file__)
     files = parser.add_argument_group("files")
     add_config_flag(files, "configs/config-glove-cnn.json")
     add_data_dir_flag(files)
@@ -87,7 +87,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
                                "million lines)")
     encoding.add_argument("--seed", type=natural_int, default=42,
                           help="for the vectors of words that the file lacks (default: %(default)s)")
-    args, config = parser.parse_with_config(argv)
+    args, config = parse_with_config(parser, argv)
     if args.n_ctx:
         config["n_ctx"] = args.n_ctx
     return args, config

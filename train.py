@@ -1,11 +1,11 @@
-"""Train a classifier on encoded data and keep the model that is best on the valid data: the second stage.
+"""Train a classifier on encoded data: the second stage. The model that --measure names is kept.
 
 Reads   DATA_DIR/train.txt.ids, valid.txt.ids, vocab.txt, label.txt, embedding.npy, as preprocess.py made them; for
         transformers train.txt.fs, valid.txt.fs, tokenizer.json, and the pretrained model.
-Writes  SAVE_PATH (the best model), SAVE_PATH.state and within an epoch SAVE_PATH.state.epoch (for --resume),
+Writes  SAVE_PATH (the model), SAVE_PATH.state and within an epoch SAVE_PATH.state.epoch (for --resume),
         SAVE_PATH.train.json (results), train.log, TensorBoard curves under LOG_DIR; for transformers BERT_OUTPUT_DIR,
         the fine-tuned model in the hub's layout.
-        With --hp_search_optuna SAVE_PATH.trials/, see search.py.
+        With --hp_search_optuna SAVE_PATH.trials/, see training/search.py.
 
     python train.py --config=configs/config-glove-cnn.json --data_dir=data/snips --embedding_trainable
     python train.py --config=configs/config-bert-cls.json --bert_model_name_or_path=embeddings/all-MiniLM-L6-v2
@@ -19,42 +19,50 @@ which the product is the same take the same steps.
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cli.config import encoded_kind, parse_with_config
 from cli.flags import Parser, natural_int, positive_int
-from cli.training_flags import add_training_flags, begin, check_training_flags, finish, load_data
+from cli.training_flags import add_training_flags, check_training_flags
 from sentence_classifier.errors import fail_cleanly
+from sentence_classifier.tokenizers import SUBWORDS
+
+if TYPE_CHECKING:  # --help loads no torch
+    from training.run import Run
+    from training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def make_parser() -> Parser:
     """The flags."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, __file__)
     add_training_flags(parser)
     trials = parser.add_argument_group("hyper-parameter search")
     trials.add_argument("--hp_search_optuna", action="store_true",
-                        help="train many times and print the best command line; several workers share one storage")
-    trials.add_argument("--hp_trials", type=positive_int, default=24, help="of all workers together (default: 24)")
+                        help="Train many times and print the best command line; several workers share one storage.")
+    trials.add_argument("--hp_trials", type=positive_int, default=24,
+                        help="The number of trials of all workers together (default: 24).")
     trials.add_argument("--hp_space", metavar="FILE.json",
-                        help='flags and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "batch_size": '
-                             "[32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see space.py)")
+                        help='The flags to vary and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, '
+                             '"batch_size": [32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see '
+                             "training/search_space.py).")
     trials.add_argument("--hp_storage", metavar="URL|FILE.journal",
-                        help="a database's URL or a journal file, .log or .journal (default: "
-                             "SAVE_PATH.trials/study.journal)")
+                        help="Where workers meet: a database's URL, or a journal file, .log or .journal (default: "
+                             "SAVE_PATH.trials/study.journal).")
     trials.add_argument("--hp_study", metavar="NAME",
-                        help="the study within the storage (default: by config, data, space and flags)")
+                        help="The study within the storage (default: a name made from config, data, space and flags).")
     trials.add_argument("--hp_sampler_seed", type=natural_int,
-                        help="trials are drawn from it and their numbers (default: that of --seed)")
+                        help="Draw each trial from this seed and the trial's number (default: that of --seed).")
     return parser
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags and the config."""
-    parser = make_parser()
-    args, config = parser.parse_with_config(argv)
-    check_training_flags(parser, args, config)
-    args.command = " ".join(["train.py", *(sys.argv[1:] if argv is None else argv)])
+    args, config = parse_with_config(make_parser(), argv)
+    check_training_flags(args, encoded_kind(config))
     return args, config
 
 
@@ -68,33 +76,85 @@ def main(argv: list[str] | None = None) -> None:
 
     setup_logging(args.log_path)
     if args.hp_search_optuna:
+        from training.run import load_data
         from training.search import search
 
         parser = make_parser()
-        parser.parse_with_config([f"--config={args.config}"])  # the config's settings as defaults
-        search(args, parser, get_params, run, load_data(args, config))
+        parse_with_config(parser, [f"--config={args.config}"])  # the config's settings as defaults
+        search(args, parser, get_params, run, load_data(args, config, encoded_kind(config)))
     else:
         run(args, config)
         end_processes()
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],
-        on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
-    """One training, from the flags to the files. Returns the metrics of the best model.
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+        make_model: Callable[..., Any] | None = None,
+        make_trainer: Callable[[Run], Trainer] | None = None, taught: bool = False,
+        notes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One training, from the flags to the files. Returns the metrics of the model that is kept.
 
     Args:
         args, config: as get_params makes them.
-        on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics,
-            see Trainer.history; an exception of it ends the training.
+        on_epoch: see Trainer.
+        make_model: the classifier to begin with, as new_model makes it.
+        make_trainer: what trains it.
+        taught: a teacher answers during training.
+        notes: what the results say beside the history.
     """
-    from training.distributed import ending_together
-    from training.trainer import Trainer
+    from pretrained.loading import add_lora, check_output_folder
+    from training.distributed import described, ending_together, make_accelerator
+    from training.run import Run, describe, load_data, log_recipe, new_model, publish, restore
+    from training.speedups import speed_up_training
+    from training.trainer import Trainer, find_state
+    from util import choose_device, choose_precision, exclusive, load_checkpoint, set_seed, use_device, write_json
 
-    begun = begin(args, config)
-    with ending_together(begun.accelerator, f"--resume goes on from {args.save_path}.state."):
-        trainer = Trainer(begun.model, begun.train, begun.valid, args, begun.info, begun.accelerator, on_epoch,
-                          begun.state)
-        return finish(begun, trainer)["best"]
+    # device
+    device = choose_device(args.device)
+    use_device(device)
+    precision = choose_precision(args.mixed_precision, device)
+    # data
+    train, valid = load_data(args, config, encoded_kind(config), taught)
+    transformer = train.encoding.kind == SUBWORDS
+    if transformer:
+        check_output_folder(args.bert_output_dir, args.data_dir)
+    # Only one run at a time writes to a place.
+    with exclusive("--save_path", args.save_path), exclusive("--bert_output_dir",
+                                                             args.bert_output_dir if transformer else None):
+        # model
+        accelerator = make_accelerator(args, device, precision)
+        set_seed(args.seed)
+        model = make_model(args, config, train) if make_model else new_model(args, config, train, accelerator)
+        if transformer:
+            # LoRA trains no token; DiffQ rounds all of them; meta pseudo labels read more text than the training data.
+            whole_table = args.lora_r or args.enable_diffq or getattr(args, "mpl_data_path", None)
+            speed_up_training(model.embedding.transformer, device, None if whole_table else train.token_ids)
+        info = describe(args, config, train, valid, model, precision)
+        state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
+        if args.restore_path and not state:
+            restore(model, load_checkpoint(args.restore_path), info, args.restore_path)
+        if args.lora_r:
+            add_lora(model.embedding.transformer, args.lora_r)
+        # optimizer, loop
+        begun = Run(args, train, valid, info, model, accelerator, state)
+        with ending_together(accelerator, f"--resume goes on from {args.save_path}.state."):
+            trainer = make_trainer(begun) if make_trainer else Trainer(begun, on_epoch)
+            logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", trainer.info.run_id, args.config,
+                        device, precision, len(train), trainer.total_steps, described(accelerator))
+            log_recipe(args, precision, device)
+            try:
+                best = trainer.fit()
+                # results
+                if accelerator.is_main_process:
+                    logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
+                                best["valid_loss"], best["valid_accuracy"], args.save_path)
+                    write_json({**trainer.info.summary(), **(notes or {}), **trainer.notes, "best": best,
+                                "history": trainer.progress.history}, f"{args.save_path}.train.json")
+            finally:  # an interrupted run leaves a whole pair, too
+                if transformer and trainer.progress.best and accelerator.is_main_process:
+                    publish(args)
+            accelerator.wait_for_everyone()
+    return best
 
 
 if __name__ == "__main__":

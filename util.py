@@ -26,6 +26,11 @@ from sentence_classifier.errors import FullDisk, InputError
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import TokenizerInfo
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:  # logs and results files are written without it, too
     import torch
 
@@ -161,6 +166,40 @@ def second_name(path: Path, name: Path) -> None:
     os.replace(temporary, name)
 
 
+@contextlib.contextmanager
+def exclusive(flag: str, path: str | None) -> Iterator[None]:
+    """Let no other process write to `path` within the block, where the system has file locks.
+
+    Args:
+        flag: that named the path.
+        path: a file or folder that may not be there yet; None: nothing to do.
+
+    Raises:
+        InputError: another process is in such a block.
+    """
+    if path is None or fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    place = Path(path).absolute()
+    place = place.with_name(f".{place.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(place, "a"))
+        except OSError as error:
+            raise InputError(f"{flag}={path}: cannot be written ({error.strerror}); choose another place.") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(place)  # not removed in between by the run before
+        except OSError:
+            raise InputError(f"{flag}={path}: another run is writing to it; wait for its end, or choose another place."
+                             ) from None
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 checksum of a file's content, in hexadecimal."""
     with open_input(path) as file:
@@ -223,7 +262,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or cuda where there is one, else cpu.
+    """The device asked for, or cuda where there is one, else cpu; of several processes each has its own GPU.
 
     Raises:
         InputError: no such device here.
@@ -240,14 +279,20 @@ def choose_device(name: str | None) -> torch.device:
             if processes > 1:
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # accelerate takes the current one
-        if device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, need not search for another
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: not usable on this machine ({reason}).") from None
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a device the one that accelerate and DeepSpeed take."""
+    import torch
+
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, need not search for another
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -489,33 +534,3 @@ def write_json(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as file:
         json.dump(record, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-class Curves:
-    """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
-
-    Args:
-        folder: of the event files.
-        step: points from this step on that an earlier file holds are void.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = EventsWriter(str(folder / "events"))
-        self._write(step, session_log=SessionLog(status=SessionLog.START))
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Add a point to a curve."""
-        from tensorboardX.summary import scalar
-
-        self._write(step, summary=scalar(name, value))
-
-    def _write(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        with contextlib.suppress(OSError):
-            self.file.write_event(Event(wall_time=time.time(), step=step, **content))
-            self.file.flush()

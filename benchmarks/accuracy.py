@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.recipes import BY_ONE, CONFIGS, ENCODING, RECIPES, TAUGHT, TEACHER, TEACHING, Teaching
 from benchmarks.report import as_written, provenance
 from benchmarks.stages import ROOT, SPLITS, copy_splits, encode, is_trained, run_stage
-from cli.flags import encoded_kind, load_config
+from cli.config import encoded_kind, load_config
 from sentence_classifier.errors import InputError
 from text.lines import TsvReader
 from util import sha256

@@ -21,7 +21,7 @@ from benchmarks.accuracy import encoding_flags
 from benchmarks.measure import Sizes, figure, interleave
 from benchmarks.recipes import CONFIGS, RECIPES
 from benchmarks.stages import ROOT, SPLITS, encode, is_trained, run_stage
-from cli.flags import encoded_kind, load_config
+from cli.config import encoded_kind, load_config
 from sentence_classifier.classifier import BUSY_WAIT
 from sentence_classifier.errors import InputError
 from text.lines import TsvReader

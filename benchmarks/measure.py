@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -147,12 +147,13 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
     from accelerate.state import AcceleratorState
 
     from dataset import Batch, EncodedData
+    from training.run import Run
     from training.trainer import Trainer
     from util import choose_device, set_seed
 
     class PaddedData(EncodedData):
-        def __getitems__(self, indices: Any) -> Batch:
-            batch = super().__getitems__(indices)
+        def batch(self, indices: Any) -> Batch:
+            batch = super().batch(indices)
             missing = max(0, pad_to - batch.input_ids.shape[1])
             return Batch(F.pad(batch.input_ids, (0, missing)), F.pad(batch.attention_mask, (0, missing)), batch.targets)
 
@@ -160,9 +161,9 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
         sentences = 0
 
         def evaluate_and_save(self, bar: Any, end_of_epoch: bool = False) -> None:
-            self._read_losses()  # a GPU has finished then
-            self.sentences += self.loss_count
-            self.loss_sum, self.loss_count = 0.0, 0
+            self.read_losses()  # a GPU has finished then
+            self.sentences += self.progress.loss_count
+            self.progress.loss_count = 0
 
     device = choose_device(flags["device"])
     train = PaddedData(path)
@@ -170,14 +171,15 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
     model = make_model()
     AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
     try:
-        trainer = TimedTrainer(model, train, train, argparse.Namespace(**flags), None,  # type: ignore
-                               Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        args, info = argparse.Namespace(**flags), cast(Any, None)  # no checkpoint is written
+        trainer = TimedTrainer(Run(args, train, train, info, model, accelerator))
         with tqdm(unit="step", leave=False, disable=None) as bar:
             trainer.total_steps = sizes.warm_up_steps
             trainer.train_epoch(bar)
             trainer.sentences = 0
             steps = sizes.padded_steps if pad_to else sizes.bucketed_steps
-            trainer.total_steps = trainer.step + (steps or len(trainer.sampler))
+            trainer.total_steps = trainer.progress.step + (steps or len(trainer.sampler))
             with profiler or nullcontext():
                 start = time.perf_counter()
                 trainer.train_epoch(bar)

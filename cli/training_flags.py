@@ -1,376 +1,297 @@
-"""What the stages that train share above the loop: flags, data, the record of a run, and what it leaves.
+"""The flags of training, in one table: the parser, the config's check, --resume and the search read it.
 
-train.py trains a new model; fastformers.py trains students and what it has pruned.
+train.py and fastformers.py have all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cli.flags import (
-    CRITERIA,
     Parser,
     add_bert_flag,
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
-    encoded_kind,
     natural_int,
     number,
     number_list,
     one_of,
     positive_int,
 )
-from sentence_classifier.errors import FlagError, InputError
-from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
-from text.labels import NO_LABEL, read_labels
-from util import Checkpoint, RunInfo, open_input
+from sentence_classifier.errors import FlagError
+from sentence_classifier.tokenizers import SUBWORDS, WORDS
 
-if TYPE_CHECKING:  # `X.py --help` loads no torch
-    from training.trainer import Trainer
+CRITERIA = ("CrossEntropyLoss", "LabelSmoothingCrossEntropy", "MSELoss", "KLDivLoss")
+DEFAULT_EPOCHS = {WORDS: 64, SUBWORDS: 3}
+INT8_MODES = ("enable_qat", "enable_qat_fx", "enable_diffq")
 
-logger = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = {WORDS: 64, SUBWORDS: 3}  # words, with early stopping; transformers
+@dataclass(frozen=True)
+class Group:
+    """Flags that stand together in --help.
+
+    Attributes:
+        recipe: they say how to train, not where and on what: the search may vary them.
+        place: they say where files and processes are, which changes no result.
+    """
+
+    title: str
+    recipe: bool = False
+    place: bool = False
+
+
+FILES = Group("files", place=True)
+COURSE = Group("course of the training", recipe=True)
+OPTIMIZER = Group("optimizer", recipe=True)
+LOSS = Group("loss and regularization", recipe=True)
+TRANSFORMERS = Group("transformers", recipe=True)
+QUANTIZATION = Group("quantization-aware training: evaluate.py answers in int8 with the same flag")
+MACHINE = Group("machine", place=True)
+PROCESSES = Group("several processes: the same command line after torchrun --nproc_per_node 2 or accelerate launch; "
+                  "--batch_size is that of each process")
+
+
+@dataclass(frozen=True)
+class TrainingFlag:
+    """A row of the table.
+
+    Attributes:
+        help: a sentence; the default is added to it.
+        type: from the text that the user types to the value, as argparse has it.
+        in_config: a config may carry it, as part of the recipe that goes with the model.
+        decisive: a resumed run must have the same.
+        says_default: what --help says of the default, where the value itself would not do.
+        action: argparse's, of a switch.
+    """
+
+    name: str
+    group: Group
+    help: str
+    type: Callable[[str], Any] = str
+    default: Any = None
+    choices: tuple[Any, ...] | None = None
+    in_config: bool = False
+    decisive: bool = False
+    says_default: str = ""
+    metavar: str | None = None
+    action: Any = None
+
+    def convert(self, value: Any) -> Any:
+        """What the flag would hold for a value of JSON.
+
+        Raises:
+            ValueError: what is wrong with the value.
+        """
+        switch, text = self.action is not None, self.type in (str, number_list)
+        if isinstance(value, bool) != switch:
+            raise ValueError(f"must be {'true or false' if switch else 'a value of the flag'}")
+        if switch:
+            return value
+        if not isinstance(value, str if text else int | float):
+            raise ValueError(f"must be a {'word' if text else 'number'}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"must be one of {', '.join(self.choices)}")
+        try:
+            return self.type(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add the flag to a group of a parser."""
+        default = self.says_default or ("" if self.default is None or self.action == "store_true" else
+                                        f"{self.default}")
+        if self.in_config:
+            default = f"the config's, else {default}" if default else "the config's"
+        text = f"{self.help} (default: {default})" if default else self.help
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": self.default}
+        if self.action is not None:
+            options |= {"action": self.action, "default": bool(self.default)}
+        else:
+            options |= {"type": self.type, "choices": self.choices, "metavar": self.metavar}
+        group.add_argument(*self.spellings(), **options)
+
+    def spellings(self) -> list[str]:
+        """How it may be typed."""
+        return ["--local_rank", "--local-rank"] if self.name == "local_rank" else [f"--{self.name}"]
+
+
+TABLE = (
+    TrainingFlag("embedding_filename", FILES, "The table of word vectors in DATA_DIR.", default="embedding.npy"),
+    TrainingFlag("label_filename", FILES, "The label map in DATA_DIR.", default="label.txt"),
+    TrainingFlag("augmented", FILES, "Train on augmented.txt in the place of train.txt.", action="store_true"),
+    TrainingFlag("save_path", FILES, "The checkpoint to write.", default="pytorch-model.pt"),
+    TrainingFlag("restore_path", FILES, "Begin with the weights of this checkpoint.", decisive=True),
+    TrainingFlag("resume", FILES, "Go on with the run whose state is SAVE_PATH.state.", action="store_true"),
+    TrainingFlag("keep_checkpoints", FILES, "Keep the N models before the best one, as SAVE_PATH.1 (the newest) to "
+                 "SAVE_PATH.N.", natural_int, 0, metavar="N"),
+    TrainingFlag("log_dir", FILES, "The folder of TensorBoard's curves.", default="runs"),
+    TrainingFlag("log_path", FILES, "The training log.", default="train.log"),
+
+    TrainingFlag("batch_size", COURSE, "Sentences of a batch.", positive_int, 128, in_config=True, decisive=True),
+    TrainingFlag("eval_batch_size", COURSE, "Sentences of a batch in evaluation.", positive_int, 128, decisive=True),
+    TrainingFlag("epoch", COURSE, "Train for at most this many epochs.", positive_int, in_config=True, decisive=True,
+                 says_default="64 for word vectors and 3 for transformers"),
+    TrainingFlag("max_train_steps", COURSE, "Train for at most this many optimizer steps.", positive_int,
+                 decisive=True),
+    TrainingFlag("eval_and_save_steps", COURSE, "Evaluate and save after this many steps, and at the end of each "
+                 "epoch.", positive_int, 500, decisive=True),
+    TrainingFlag("patience", COURSE, "Stop after this many epochs without a gain on valid.", positive_int, 7,
+                 in_config=True, decisive=True),
+    TrainingFlag("measure", COURSE, "Keep the model with the lowest loss or the highest accuracy on valid (the later "
+                 "of two that are equal), or the last one.", default="loss", choices=("loss", "accuracy", "last"),
+                 in_config=True, decisive=True),
+    TrainingFlag("seed", COURSE, "Draw all random numbers from this seed.", natural_int, 42, decisive=True),
+
+    TrainingFlag("lr", OPTIMIZER, "The highest learning rate.", number(), 2e-4, in_config=True, decisive=True,
+                 says_default="2e-4"),
+    TrainingFlag("embedding_lr", OPTIMIZER, "The highest learning rate of the word vectors or the transformer.",
+                 number(), in_config=True, decisive=True, says_default="that of --lr"),
+    TrainingFlag("layer_lr_decay", OPTIMIZER, "Multiply a transformer's learning rate by this factor for each layer "
+                 "further down.", number(0, 1), 1.0, in_config=True, decisive=True, metavar="FACTOR"),
+    TrainingFlag("num_warmup_steps", OPTIMIZER, "Let the learning rate rise for this many steps.", natural_int,
+                 decisive=True, says_default="as --warmup_epoch says"),
+    TrainingFlag("warmup_epoch", OPTIMIZER, "Let the learning rate rise for this many epochs; 0: as --warmup_ratio "
+                 "says.", number(), 0, decisive=True),
+    TrainingFlag("warmup_ratio", OPTIMIZER, "Let the learning rate rise for this share of all steps.", number(0, 1),
+                 0.0, in_config=True, decisive=True),
+    TrainingFlag("adam_epsilon", OPTIMIZER, "AdamW's epsilon.", number(), 1e-8, decisive=True),
+    TrainingFlag("weight_decay", OPTIMIZER, "AdamW's weight decay of matrices.", number(), 0.01, in_config=True,
+                 decisive=True),
+    TrainingFlag("gradient_accumulation_steps", OPTIMIZER, "Take an optimizer step after this many batches.",
+                 positive_int, 1, decisive=True),
+    TrainingFlag("max_grad_norm", OPTIMIZER, "Clip the gradient to this norm; 0: do not clip.", number(), 1.0,
+                 decisive=True),
+
+    TrainingFlag("criterion", LOSS, "The loss.", default="CrossEntropyLoss", choices=CRITERIA, in_config=True,
+                 decisive=True),
+    TrainingFlag("kd_temperature", LOSS, "Divide a teacher's logits and the student's by this before their softmax.",
+                 number(1e-3, 1e3), 1.0, in_config=True, decisive=True),
+    TrainingFlag("class_weights", LOSS, "Let rare classes count as much as frequent ones (balanced).", default="none",
+                 choices=("none", "balanced"), decisive=True),
+    TrainingFlag("embedding_trainable", LOSS, "Train the vectors of all words of train.txt, not only of those that the "
+                 "vector file lacks.", action=argparse.BooleanOptionalAction, default=False, in_config=True,
+                 decisive=True, says_default="not"),
+    TrainingFlag("word_dropout", LOSS, "Read <unk> in training in the place of a word that occurs N times, with the "
+                 "probability ALPHA / (ALPHA + N).", number(), 0.0, in_config=True, decisive=True, metavar="ALPHA"),
+    TrainingFlag("embedding_dropout", LOSS, "The dropout on the elements of word vectors.", number(0, 1, below=True),
+                 0.0, in_config=True, decisive=True),
+    TrainingFlag("token_cutoff", LOSS, "Read this share of a transformer's tokens as zeros in training.",
+                 number(0, 1, below=True), 0.0, in_config=True, decisive=True, metavar="SHARE"),
+    TrainingFlag("rdrop", LOSS, "The weight of R-Drop: two passes with different dropout must agree.", number(), 0.0,
+                 in_config=True, decisive=True, metavar="WEIGHT"),
+    TrainingFlag("ema_decay", LOSS, "Evaluate and save an exponential moving average of the weights with this decay; "
+                 "0: the weights themselves.", number(0, 1, below=True), 0.0, in_config=True, decisive=True),
+
+    TrainingFlag("bert_output_dir", TRANSFORMERS, "The folder for the fine-tuned transformer and its tokenizer.",
+                 default="bert-checkpoint"),
+    TrainingFlag("bert_use_feature_based", TRANSFORMERS, "Freeze the transformer.", action="store_true",
+                 decisive=True),
+    TrainingFlag("bert_remove_layers", TRANSFORMERS, "Leave out these layers, counted from 0.", number_list,
+                 decisive=True, metavar="8,9,10,11"),
+    TrainingFlag("lora_r", TRANSFORMERS, "Freeze the transformer and train low-rank updates of its matrices, which are "
+                 "merged into them in the checkpoint. Large models need less memory so; take a higher --lr, such as "
+                 "5e-4.", positive_int, decisive=True, metavar="RANK"),
+    TrainingFlag("gradient_checkpointing", TRANSFORMERS, "Compute activations twice in the place of keeping them: less "
+                 "memory, slower.", action="store_true"),
+
+    TrainingFlag("enable_qat", QUANTIZATION, "Round weights and activations in training.", action="store_true",
+                 decisive=True),
+    TrainingFlag("enable_qat_fx", QUANTIZATION, "The same, for evaluation as a compiled graph.", action="store_true",
+                 decisive=True),
+    TrainingFlag("enable_diffq", QUANTIZATION, "DiffQ: learn the bits of each group of weights. (The package diffq has "
+                 "the licence CC BY-NC 4.0: no commercial use.)", action="store_true", decisive=True),
+    TrainingFlag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3,
+                 decisive=True),
+
+    TrainingFlag("mixed_precision", MACHINE, "The precision of training steps; auto: bf16 where the processor or GPU "
+                 "is fast at it.", default="auto", choices=("auto", "no", "bf16", "fp16")),
+    TrainingFlag("compile", MACHINE, "Compile the model first, which takes minutes and a C++ compiler: it pays in long "
+                 "runs.", action="store_true", decisive=True),
+    TrainingFlag("fp16", MACHINE, "The same as --mixed_precision=fp16.", action="store_true"),
+
+    TrainingFlag("zero_stage", PROCESSES, "DeepSpeed shares out among processes the optimizer's state (1), gradients "
+                 "too (2), weights too (3); 0: no DeepSpeed.", int, choices=(0, 1, 2, 3),
+                 says_default="as accelerate launch says, else 0"),
+    TrainingFlag("offload_optimizer", PROCESSES, "DeepSpeed keeps the optimizer's state in the machine's memory.",
+                 choices=("cpu", "none"), says_default="none"),
+    TrainingFlag("local_rank", PROCESSES, "Launchers set it; the environment decides.", int),
+)
+CONFIG_FLAGS = {flag.name: flag for flag in TABLE if flag.in_config}
+# preprocess.py's own, which a config may carry, too.
+OOV_SCALE = TrainingFlag("oov_scale", FILES, "The size of the random vectors of words that the vector file lacks, 1.0 "
+                         "being that of the file's vectors: below it, what training hardly reaches hardly matters.",
+                         number(), 1.0, in_config=True)
+# The precision is what --mixed_precision comes to on the machine.
+DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision", "bert_model_name_or_path")
+SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}
 
 
 def add_training_flags(parser: Parser) -> None:
-    """All that a training run can be told."""
-    files = parser.add_argument_group("files")
-    add_config_flag(files, "configs/config-glove-cnn.json")
-    add_data_dir_flag(files)
-    files.add_argument("--embedding_filename", default="embedding.npy", help="in DATA_DIR (default: %(default)s)")
-    files.add_argument("--label_filename", default="label.txt", help="in DATA_DIR (default: %(default)s)")
-    files.add_argument("--augmented", action="store_true", help="train on augmented.txt in place of train.txt")
-    files.add_argument("--save_path", default="pytorch-model.pt", help="(default: %(default)s)")
-    files.add_argument("--restore_path", help="begin with this checkpoint's weights")
-    files.add_argument("--resume", action="store_true", help="go on with the run that SAVE_PATH.state holds")
-    files.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="N",
-                       help="keep the N models before the best one, as SAVE_PATH.1 (the newest) to SAVE_PATH.N "
-                            "(default: 0)")
-    files.add_argument("--log_dir", default="runs", help="TensorBoard files (default: %(default)s)")
-    files.add_argument("--log_path", default="train.log", help="the training log (default: %(default)s)")
-
-    course = parser.add_argument_group("course of the training")
-    course.add_argument("--batch_size", type=positive_int, default=128, help="(default: 128)")
-    course.add_argument("--eval_batch_size", type=positive_int, default=128, help="(default: 128)")
-    course.add_argument("--epoch", type=positive_int,
-                        help="at most so many (default: 64 for GloVe, 3 for transformers)")
-    course.add_argument("--max_train_steps", type=positive_int, help="at most so many optimizer steps")
-    course.add_argument("--eval_and_save_steps", type=positive_int, default=500,
-                        help="steps between evaluations, beside the one at each epoch's end (default: 500)")
-    course.add_argument("--patience", type=positive_int, default=7,
-                        help="epochs without a gain on valid after which training stops (default: 7)")
-    course.add_argument("--measure", choices=("loss", "accuracy", "last"), default="loss",
-                        help="what the model that is kept has the best of, on valid; of equals in accuracy the later "
-                             "is kept; last: the newest whatever valid says, to the schedule's end (default: loss)")
-    course.add_argument("--seed", type=natural_int, default=42, help="(default: 42)")
-
-    optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--lr", type=number(), default=2e-4, help="(default: 2e-4)")
-    optimizer.add_argument("--embedding_lr", type=number(),
-                           help="of the word vectors or the transformer (default: that of --lr)")
-    optimizer.add_argument("--layer_lr_decay", type=number(0, 1), default=1.0, metavar="FACTOR",
-                           help="of a transformer's learning rate, for each layer further down (default: 1.0)")
-    optimizer.add_argument("--num_warmup_steps", type=natural_int, help="steps of rising learning rate, or else")
-    optimizer.add_argument("--warmup_epoch", type=number(), default=0, help="epochs of it (default: 0), or else")
-    optimizer.add_argument("--warmup_ratio", type=number(0, 1), default=0.0, help="its share (default: 0.0)")
-    optimizer.add_argument("--adam_epsilon", type=number(), default=1e-8, help="(default: 1e-8)")
-    optimizer.add_argument("--weight_decay", type=number(), default=0.01, help="(default: 0.01)")
-    optimizer.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
-                           help="batches an optimizer step (default: 1)")
-    optimizer.add_argument("--max_grad_norm", type=number(), default=1.0, help="0: no clipping (default: 1.0)")
-
-    loss = parser.add_argument_group("loss and regularization")
-    loss.add_argument("--criterion", choices=CRITERIA, default="CrossEntropyLoss", help="(default: %(default)s)")
-    loss.add_argument("--kd_temperature", type=number(1e-3, 1e3), default=1.0,
-                      help="divides a teacher's logits and the student's before their softmax (default: 1.0)")
-    loss.add_argument("--class_weights", choices=("none", "balanced"), default="none",
-                      help="balanced: rare classes count as much as frequent ones (default: none)")
-    loss.add_argument("--embedding_trainable", action=argparse.BooleanOptionalAction, default=False,
-                      help="train the vectors of all words of train.txt, not only of those the vector file lacks")
-    loss.add_argument("--word_dropout", type=number(), default=0.0, metavar="ALPHA",
-                      help="training reads <unk> in place of a word that occurs N times with the probability "
-                           "ALPHA / (ALPHA + N) (default: 0.0)")
-    loss.add_argument("--embedding_dropout", type=number(0, 1, below=True), default=0.0,
-                      help="dropout on word vectors (default: 0.0)")
-    loss.add_argument("--token_cutoff", type=number(0, 1, below=True), default=0.0, metavar="SHARE",
-                      help="of a transformer's tokens, which training reads as zeros (default: 0.0)")
-    loss.add_argument("--rdrop", type=number(), default=0.0, metavar="WEIGHT",
-                      help="weight of R-Drop: two passes with different dropout must agree (default: 0.0)")
-    loss.add_argument("--ema_decay", type=number(0, 1, below=True), default=0.0,
-                      help="evaluate and save an exponential moving average of the weights (default: 0.0, none)")
-
-    bert = parser.add_argument_group("transformers")
-    add_bert_flag(bert)
-    bert.add_argument("--bert_output_dir", default="bert-checkpoint",
-                      help="the fine-tuned model and its tokenizer (default: %(default)s)")
-    bert.add_argument("--bert_use_feature_based", action="store_true", help="the transformer frozen")
-    bert.add_argument("--bert_remove_layers", type=number_list, metavar="8,9,10,11", help="without these layers")
-    bert.add_argument("--lora_r", type=positive_int, metavar="RANK",
-                      help="freeze the transformer and train low-rank updates of its matrices, which are merged into "
-                           "it in the checkpoint: less memory for large models; wants a higher --lr, such as 5e-4")
-    bert.add_argument("--gradient_checkpointing", action="store_true",
-                      help="compute activations twice in place of keeping them: less memory, slower")
-
-    int8 = parser.add_argument_group("quantization-aware training: evaluate.py answers in int8 with the same flag")
-    int8.add_argument("--enable_qat", action="store_true", help="weights and activations are rounded in training")
-    int8.add_argument("--enable_qat_fx", action="store_true", help="the same, for evaluation as a compiled graph")
-    int8.add_argument("--enable_diffq", action="store_true",
-                      help="DiffQ: learn the bits of each group of weights (the package diffq is CC BY-NC 4.0)")
-    int8.add_argument("--diffq_penalty", type=number(), default=1e-3, help="of each MB of its size (default: 1e-3)")
-
-    machine = parser.add_argument_group("machine")
-    add_device_flag(machine)
-    machine.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
-                         help="auto: bf16 where the processor or GPU is fast at it (default: auto)")
-    machine.add_argument("--compile", action="store_true",
-                         help="compile the model first (minutes; needs a C++ compiler): pays in long runs")
-    machine.add_argument("--fp16", action="store_true", help="the same as --mixed_precision fp16")
-
-    processes = parser.add_argument_group(
-        "several processes: the same command line after torchrun --nproc_per_node 2 or accelerate launch; --batch_size "
-        "is of each process")
-    processes.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3),
-                           help="DeepSpeed shares out among processes the optimizer's state (1), gradients too (2), "
-                                "weights too (3); 0: no DeepSpeed (default: as accelerate launch says, else 0)")
-    processes.add_argument("--offload_optimizer", choices=("cpu", "none"),
-                           help="DeepSpeed keeps the optimizer's state in the machine's memory (default: none)")
-    processes.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; the environment decides")
+    """Add the table's flags, and those that training shares with other stages."""
+    groups: dict[Group, argparse._ArgumentGroup] = {}
+    for flag in TABLE:
+        if flag.group not in groups:
+            group = groups[flag.group] = parser.add_argument_group(flag.group.title)
+            if flag.group is FILES:
+                add_config_flag(group, "configs/config-glove-cnn.json")
+                add_data_dir_flag(group)
+            elif flag.group is TRANSFORMERS:
+                add_bert_flag(group)
+            elif flag.group is MACHINE:
+                add_device_flag(group)
+        flag.add_to(groups[flag.group])
 
 
-def check_training_flags(parser: Parser, args: argparse.Namespace, config: dict[str, Any]) -> None:
-    """Resolve what depends on other flags and on the config; flags that do not go together end the stage."""
+def check_training_flags(args: argparse.Namespace, kind: str) -> None:
+    """Resolve what depends on other flags and on the kind of encoded data; refuse flags that do not go together.
+
+    Raises:
+        FlagError: names them.
+    """
     if args.fp16:
         args.mixed_precision = "fp16"
-    transformer = encoded_kind(config) == SUBWORDS
+    if args.epoch is None:
+        args.epoch = DEFAULT_EPOCHS[kind]
+    transformer = kind == SUBWORDS
     for flag, none in (("lora_r", None), ("layer_lr_decay", 1)):
         if getattr(args, flag) != none and (not transformer or args.bert_use_feature_based):
-            parser.error(f"--{flag} is of a transformer that is trained; it goes neither with word vectors nor with "
-                         "--bert_use_feature_based")
+            raise FlagError(f"--{flag} is of a transformer that is trained; it goes neither with word vectors nor with "
+                            "--bert_use_feature_based")
     if args.token_cutoff and not transformer:
-        parser.error("--token_cutoff is of a transformer's tokens; word vectors have --word_dropout")
+        raise FlagError("--token_cutoff is of a transformer's tokens; word vectors have --word_dropout")
     if args.word_dropout and transformer:
-        parser.error("--word_dropout is of word vectors; a transformer has --token_cutoff")
-    if args.epoch is None:
-        args.epoch = DEFAULT_EPOCHS[encoded_kind(config)]
-    if chosen := one_of(args, "enable_qat", "enable_qat_fx", "enable_diffq"):
+        raise FlagError("--word_dropout is of word vectors; a transformer has --token_cutoff")
+    if chosen := one_of(args, *INT8_MODES):
         for other in ("compile", "lora_r"):
             if getattr(args, other):
-                parser.error(f"--{chosen} and --{other} do not go together; leave one of them out")
+                raise FlagError(f"--{chosen} and --{other} do not go together; leave one of them out")
         if args.enable_diffq and args.gradient_checkpointing:
-            parser.error("--enable_diffq draws noise for each pass, and --gradient_checkpointing computes some of it "
-                         "twice; leave one of them out")
+            raise FlagError("--enable_diffq draws noise for each pass, and --gradient_checkpointing computes some of "
+                            "it twice; leave one of them out")
 
 
-def load_data(args: argparse.Namespace, config: dict[str, Any]) -> tuple[Any, Any]:
-    """The encoded training and valid data, checked against each other, label.txt, the config and the criterion."""
-    from dataset import EncodedData
-
-    folder, kind = Path(args.data_dir), encoded_kind(config)
-    train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.{kind}")
-    valid = EncodedData(folder / f"valid.txt.{kind}")
-    for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase"):
-        if getattr(train.encoding, fact) != getattr(valid.encoding, fact):
-            raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
-    if read_labels(folder / args.label_filename) != train.labels:
-        raise InputError(f"{folder / args.label_filename}: not the labels that {train.path} was encoded with; "
-                         "run preprocess.py again.")
-    for key in ("lowercase", "tokenizer"):
-        if config.get(key) != getattr(train.encoding, key):
-            raise InputError(f"{args.config}: {key} is {json.dumps(config[key])}, and {train.path} was encoded with "
-                             f"{json.dumps(getattr(train.encoding, key))}; run preprocess.py with this config.")
-    if config["n_ctx"] != train.encoding.n_ctx:  # preprocess.py --n_ctx is allowed to differ from the config
-        logger.warning("[n_ctx] is %d in %s, and %d in the encoded data, which decide", config["n_ctx"], args.config,
-                       train.encoding.n_ctx)
-        config["n_ctx"] = train.encoding.n_ctx
-    if (train.targets == NO_LABEL).any() and not train.has_logits:
-        raise InputError(f"{train.path}: its sentences have no labels; label them with evaluate.py --augmented, copy "
-                         "augmented.raw.pred to augmented.txt and encode that.")
-    check_loss_flags(args, train)
-    return train, valid
-
-
-def check_loss_flags(args: argparse.Namespace, train: Any) -> None:
+def check_loss_flags(args: argparse.Namespace, path: Any, has_logits: bool, taught: bool = False) -> None:
     """Refuse what does not go with the targets of the training data.
+
+    Args:
+        path: the encoded training data, for messages.
+        has_logits: the targets are a teacher's logits.
+        taught: a teacher answers during training.
 
     Raises:
         FlagError: names the flag.
     """
-    if args.criterion in ("MSELoss", "KLDivLoss") and not train.has_logits:
-        raise FlagError(f"{train.path}: --criterion={args.criterion} learns from a teacher's logits, and these are "
-                        "class labels; use CrossEntropyLoss.")
-    taught = train.has_logits or getattr(args, "do_distill", False)
-    if args.kd_temperature != 1 and (args.criterion == "MSELoss" or not taught):
+    on_logits = args.criterion in ("MSELoss", "KLDivLoss")
+    if on_logits and not has_logits:
+        raise FlagError(f"{path}: --criterion={args.criterion} learns from a teacher's logits, and these are class "
+                        "labels; use CrossEntropyLoss.")
+    if args.kd_temperature != 1 and (args.criterion == "MSELoss" or not (has_logits or taught)):
         raise FlagError(f"--kd_temperature={args.kd_temperature:g} has no meaning for "
-                        + ("--criterion=MSELoss, which compares the logits themselves." if taught else
-                           f"{train.path}, which holds class labels and no teacher's logits."))
-    if args.criterion in ("MSELoss", "KLDivLoss") and args.class_weights != "none":
+                        + ("--criterion=MSELoss, which compares the logits themselves." if has_logits or taught else
+                           f"{path}, which holds class labels and no teacher's logits."))
+    if on_logits and args.class_weights != "none":
         raise FlagError(f"--class_weights={args.class_weights} has no meaning for --criterion={args.criterion}.")
-
-
-def fit_gaussian(model: Any, data: Any) -> None:
-    """Set the Gaussian decoder in closed form, from which training goes on."""
-    import torch
-    import torch.nn.functional as F
-
-    from dataset import BucketSampler, make_loader
-
-    def encodings() -> Any:
-        for batch in make_loader(data, BucketSampler(data.lengths, 1024, shuffle=False)):
-            assert batch.targets is not None  # encoded data have them
-            share = batch.targets.softmax(-1) if data.has_logits else F.one_hot(batch.targets, len(data.labels))
-            yield model.encode(batch.input_ids, batch.attention_mask), share
-
-    model.eval()
-    with torch.no_grad():
-        model.decoder.fit(encodings())
-
-
-def make_run_info(args: argparse.Namespace, config: dict[str, Any], train: Any, valid: Any, embedding: Any,
-                precision: str) -> RunInfo:
-    """What the checkpoint says of the run beside the weights: all that evaluation, resume and a reader need."""
-    from util import git_revision, new_run_id, versions
-
-    path = Path(args.data_dir) / VOCABULARY_FILES[train.encoding.kind]
-    with open_input(path) as file:
-        vocabulary = file.read()
-    if hashlib.sha256(vocabulary).hexdigest() != train.encoding.vocab_sha256:
-        raise InputError(f"{path}: not the vocabulary that {train.path} was encoded with; "
-                         "run preprocess.py again.")
-    flags = {key: value for key, value in vars(args).items() if key not in ("resume", "command")}
-    flags["precision"] = precision
-    # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
-    made_from = json.dumps([config, train.encoding.decisive(), valid.encoding.source_sha256, embedding.identity()],
-                           sort_keys=True)
-    return RunInfo(run_id=new_run_id(), identity=hashlib.sha256(made_from.encode()).hexdigest(), config=config,
-                   flags=flags, encoding=train.encoding, vocabulary=vocabulary.decode("utf-8"),
-                   embedding=embedding.metadata(), versions=versions(), git_revision=git_revision(),
-                   date=time.strftime("%Y-%m-%d %H:%M:%S"), command=args.command)
-
-
-@dataclass
-class Run:
-    """A training run that is about to begin: what a Trainer is made of."""
-
-    args: argparse.Namespace
-    config: dict[str, Any]
-    train: Any
-    valid: Any
-    info: RunInfo
-    model: Any
-    accelerator: Any
-    state: dict[str, Any] | None  # of the run to go on with
-
-
-def new_model(args: argparse.Namespace, config: dict[str, Any], train: Any) -> Any:
-    """The untrained classifier that the config describes."""
-    from model import EMBEDDINGS, build_model
-
-    embedding = EMBEDDINGS[train.encoding.kind].for_training(train, args)
-    return build_model(config, len(train.labels), embedding)
-
-
-def begin(args: argparse.Namespace, config: dict[str, Any],
-          make_model: Callable[[argparse.Namespace, dict[str, Any], Any], Any] = new_model) -> Run:
-    """Prepare a run up to its first step.
-
-    Args:
-        args, config: as a stage's get_params makes them.
-        make_model: the classifier to begin with, of the flags, the config and the training data.
-    """
-    from pretrained.loading import add_lora, check_output_folder
-    from training.distributed import make_accelerator
-    from training.speedups import speed_up_training
-    from training.trainer import find_state
-    from util import choose_device, choose_precision, load_checkpoint, set_seed
-
-    config = dict(config)  # load_data may correct it
-    device = choose_device(args.device)
-    precision = choose_precision(args.mixed_precision, device)
-    train, valid = load_data(args, config)
-    if train.encoding.kind == SUBWORDS:
-        check_output_folder(args.bert_output_dir, args.data_dir)
-    accelerator = make_accelerator(args, device, precision)
-    set_seed(args.seed)
-    model = make_model(args, config, train)
-    if train.encoding.kind == SUBWORDS:
-        # LoRA trains no token; DiffQ rounds all of them; meta pseudo labels read more text than the training data.
-        whole = args.lora_r or args.enable_diffq or getattr(args, "mpl_data_path", None)
-        speed_up_training(model.embedding.transformer, device, None if whole else train.token_ids)
-    info = make_run_info(args, config, train, valid, model.embedding, precision)
-    state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
-    if args.resume and not state:
-        logger.info("[no %s.state to resume: beginning at the beginning]", args.save_path)
-    if args.restore_path and not state:
-        restore(model, load_checkpoint(args.restore_path), info, args.restore_path)
-    elif config["enc_class"] == "gnb" and not state:
-        fit_gaussian(model, train)
-    if args.lora_r:
-        add_lora(model.embedding.transformer, args.lora_r)
-    return Run(args, config, train, valid, info, model, accelerator, state)
-
-
-def finish(run: Run, trainer: Trainer, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train to the end, and write the results and the transformer.
-
-    Args:
-        more: what the results say beside the history.
-
-    Returns:
-        The results.
-    """
-    from pretrained.loading import TransformerEmbedding
-    from training.distributed import described
-    from util import write_json
-
-    args, info, accelerator = run.args, run.info, run.accelerator
-    logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", info.run_id, args.config,
-                accelerator.device, info.flags["precision"], len(run.train), trainer.total_steps,
-                described(accelerator))
-    try:
-        best = trainer.fit()
-        results = {**info.summary(), **(more or {}), "best": best, "history": trainer.history}
-        if accelerator.is_main_process:
-            logger.info("[best model] step %d: valid loss %.4f, valid accuracy %.4f -> %s", best["step"],
-                        best["valid_loss"], best["valid_accuracy"], args.save_path)
-            write_json(results, f"{args.save_path}.train.json")
-    finally:  # an interrupted run leaves a whole pair, too
-        if isinstance(run.model.embedding, TransformerEmbedding) and trainer.best and accelerator.is_main_process:
-            publish(args, info.identity)
-    accelerator.wait_for_everyone()
-    return results
-
-
-def publish(args: argparse.Namespace, identity: str) -> None:
-    """Write the best model's transformer and tokenizer to --bert_output_dir, from where it can be fine-tuned again."""
-    from model import load_classifier
-    from pretrained.loading import load_tokenizer, save_pretrained
-    from util import load_checkpoint
-
-    checkpoint = load_checkpoint(args.save_path)
-    model = load_classifier(checkpoint, [])
-    save_pretrained(model.embedding.transformer, load_tokenizer(args.bert_model_name_or_path),
-                    list(checkpoint.run.labels.names), checkpoint.run.run_id, identity, args.bert_output_dir)
-    logger.info("[transformer and tokenizer of run %s] -> %s", checkpoint.run.run_id, args.bert_output_dir)
-
-
-def restore(model: Any, checkpoint: Checkpoint, info: RunInfo, path: str) -> None:
-    """Begin with another run's weights; they must fit one to one, and mean the same."""
-    for key in ("labels", "vocabulary"):
-        if getattr(checkpoint.run, key) != getattr(info, key):
-            raise InputError(f"{path}: its {key} differ from those of the data; encode the data as for that run, or "
-                             "train without --restore_path.")
-    try:
-        model.load_state_dict(checkpoint.model)
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{path}: its weights do not fit this config and vocabulary ({reason}).") from None

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import BucketSampler, EncodedData, make_loader
+from dataset import BucketSampler, EncodedData, prefetch
 from model import Classifier
 from pretrained.layout import NUM_HEADS, layer_parts, num_heads
 from sentence_classifier.errors import InputError
@@ -77,7 +77,7 @@ def measure_importance(model: Classifier, data: EncodedData, batch_size: int, de
             for place, linear in enumerate(projections)]
     sampler = BucketSampler(data.lengths, batch_size, shuffle=False)
     try:
-        for batch in tqdm(make_loader(data, sampler), total=len(sampler), desc="importance", unit="batch",
+        for batch in tqdm(prefetch(data.batch, sampler), total=len(sampler), desc="importance", unit="batch",
                           disable=None):
             batch = batch.to(device)
             assert batch.targets is not None  # encoded data have them

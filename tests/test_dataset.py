@@ -13,7 +13,7 @@ from helpers import write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import BucketSampler, EncodedData, load_table, make_loader, pad, shard
+from dataset import BucketSampler, EncodedData, load_table, pad, prefetch, shard
 from sentence_classifier.errors import InputError
 from text.arrays import ArrayWriter, fingerprint
 
@@ -73,7 +73,7 @@ def test_shares(count: int, size: int, processes: int) -> None:
 
 def test_who_has_no_sentence_gets_one_that_counts_for_nothing(encoded: Place) -> None:
     data = EncodedData(encoded.data / "train.txt.ids")
-    (idle,) = make_loader(data, shard(np.array([7]), 4, processes=2, process=1))
+    (idle,) = prefetch(data.batch, shard(np.array([7]), 4, processes=2, process=1))
     assert len(idle) == 0 and idle.input_ids.shape[0] == 1 and idle.attention_mask.any()
 
 
@@ -87,7 +87,7 @@ def test_pad() -> None:
 def test_loader_leaves_torchs_random_state_alone(encoded: Place) -> None:
     data = EncodedData(encoded.data / "train.txt.ids")
     state = torch.get_rng_state()
-    batches = list(make_loader(data, BucketSampler(data.lengths, 7)))
+    batches = list(prefetch(data.batch, BucketSampler(data.lengths, 7)))
     assert torch.equal(torch.get_rng_state(), state)
     assert sum(map(len, batches)) == len(data)
     assert all(batch.input_ids.shape[1] == batch.attention_mask.sum(1).max() for batch in batches)

@@ -38,7 +38,8 @@ import evaluate
 import preprocess
 import train
 from dataset import EncodedData
-from text.lines import Labels
+from sentence_classifier.labels import Labels
+from text.labels import read_labels
 from training import trainer
 from util import load_checkpoint
 
@@ -189,7 +190,7 @@ def test_a_finished_run_has_nothing_to_resume(encoded: Place) -> None:
 
 @pytest.mark.parametrize("flag", ["--lr=0.5", "--seed=7", "--batch_size=9", "--epoch=9", "--measure=accuracy",
                                   "--ema_decay=.5", "--eval_and_save_steps=3", "--embedding_trainable",
-                                  "--max_train_steps=3", "--criterion=LabelSmoothingCrossEntropy",
+                                  "--maxtrain_steps=3", "--criterion=LabelSmoothingCrossEntropy",
                                   "--gradient_accumulation_steps=2"])
 def test_resume_with_other_flags(encoded: Place, flag: str) -> None:
     run_until(3, encoded.train_flags("--eval_and_save_steps=2"))

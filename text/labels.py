@@ -46,6 +46,7 @@ def write_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
 
 
 NO_LABEL = -1  # the target of text without a label
+UNKNOWN_LABEL = -2  # the target of a label that train.txt lacks
 
 
 def looks_like_logits(label: str) -> bool:

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,8 +38,9 @@ from text.arrays import ArrayWriter, open_arrays
 from text.labels import LabelParser, find_logits_info
 from text.lines import TsvReader
 from training.losses import evaluate
+from training.run import Run
 from training.trainer import Trainer
-from util import Checkpoint, EncodingInfo, RunInfo, sha256
+from util import Checkpoint, EncodingInfo, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ def state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tenso
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The mean squared difference of attentions over pairs of layers, heads and pairs of real tokens: [B].
 
-    Where the numbers of heads differ, the means over heads are compared. (A divergence would take offence at the
-    student's dropout, which sets attentions to zero.)
+    Where the numbers of heads differ, the means over heads are compared. (A divergence
+    would be infinite where the student's dropout sets an attention to zero.)
 
     Args:
         student, teacher: [B, heads, T, T] of each pair of layers.
@@ -241,8 +241,8 @@ class TaughtData(EncodedData):
         super().__init__(path)
         self.logits = logits
 
-    def __getitems__(self, indices: Sequence[int]) -> TaughtBatch:
-        batch = super().__getitems__(indices)
+    def batch(self, indices: Sequence[int]) -> TaughtBatch:
+        batch = super().batch(indices)
         answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
         return TaughtBatch(batch.input_ids, batch.attention_mask, batch.targets, answers)
 
@@ -299,9 +299,8 @@ class DistillationTrainer(Trainer):
     """Trains a student by the loss at the head of this file.
 
     Args:
-        train: with the teacher's answers.
+        run: its training data hold the teacher's answers.
         teacher: asked for hidden states and attentions, where the flags want them.
-        model, valid, args, info, accelerator, state: see Trainer.
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -310,20 +309,18 @@ class DistillationTrainer(Trainer):
     decisive = (*Trainer.decisive, "teacher_sha256", "hard_loss_ratio", "state_loss_ratio",
                 "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
 
-    def __init__(self, model: Classifier, train: TaughtData, valid: EncodedData, args: argparse.Namespace,
-                 info: RunInfo, accelerator: Accelerator, teacher: Teacher,
-                 state: dict[str, Any] | None = None) -> None:
-        self.teacher = teacher.to(accelerator.device).eval()
-        self.student: Any = model.embedding
+    def __init__(self, run: Run, teacher: Teacher) -> None:
+        self.teacher = teacher.to(run.accelerator.device).eval()
+        self.student: Any = run.model.embedding
         self.guide: Any = teacher.model.embedding
-        self.inside = bool(args.state_loss_ratio or args.att_loss_ratio)
+        self.inside = bool(run.args.state_loss_ratio or run.args.att_loss_ratio)
         self.projection: nn.Module | None = None
         self.pairs: list[tuple[int, int]] = []  # student's layer, teacher's layer
         if self.inside:
-            self._match(model, teacher, args, train)
+            self._match(run.model, teacher, run.args, run.train)
         self.parts: dict[str, Any] = {}  # of the loss, summed over the examples since the last log line
         self.examples = 0
-        super().__init__(model, train, valid, args, info, accelerator, state=state)
+        super().__init__(run)
 
     def _match(self, model: Classifier, teacher: Teacher, args: argparse.Namespace, train: EncodedData) -> None:
         if not teacher.reads_like(train.encoding):
@@ -376,21 +373,21 @@ class DistillationTrainer(Trainer):
         self.examples += len(hard)
         return sum((weights[name] * value for name, value in parts.items()), torch.zeros_like(hard)), logits
 
-    def _train_step(self, group: list[Batch], examples: int) -> None:
-        super()._train_step(group, examples)
-        if self.step % self.args.logging_steps == 0:
+    def train_step(self, group: list[Batch], examples: int) -> None:
+        super().train_step(group, examples)
+        if self.progress.step % self.args.logging_steps == 0:
             means = {name: total.item() / max(1, self.examples) for name, total in self.parts.items()}
             self.parts, self.examples = {}, 0
             if self.args.log_evaluate_during_training:
                 found = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
                 means |= {f"valid {name}": value for name, value in found.items()}
                 self.model.train()
-            logger.info("[step %d] %s", self.step, ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+            logger.info("[step %d] %s", self.progress.step, ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
             for name, value in means.items():
-                self.writer.add_scalar(f"distillation/{name.replace(' ', '_')}", value, self.step)
+                self.writer.add_scalar(f"distillation/{name.replace(' ', '_')}", value, self.progress.step)
 
-    def _weights(self) -> dict[str, Any]:
-        weights = super()._weights()
+    def checkpoint_weights(self) -> dict[str, Any]:
+        weights = super().checkpoint_weights()
         weights["model"] = {name: value for name, value in weights["model"].items()
                             if not name.startswith("projection.")}
         return weights

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dataset import BucketSampler, EncodedData, make_loader, shard
+from dataset import BucketSampler, EncodedData, prefetch, shard
+from model import Classifier, GaussianDecoder
+from text.labels import UNKNOWN_LABEL
 from training.distributed import total
 
 
@@ -38,7 +40,7 @@ def make_criterion(name: str, class_weights: Tensor | None = None,
         if name == "KLDivLoss":
             return F.kl_div(logits.log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True).sum(-1)
         return F.cross_entropy(logits, targets.softmax(-1) if targets.is_floating_point() else targets,
-                               weight=class_weights, label_smoothing=smoothing, reduction="none")
+                               weight=class_weights, label_smoothing=smoothing, reduction="none", ignore_index=UNKNOWN_LABEL)
 
     return criterion
 
@@ -107,20 +109,43 @@ def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch
              accelerator: Accelerator | None = None) -> dict[str, float]:
     """Mean cross entropy and accuracy over a data set, in fp32, model in evaluation mode and left so.
 
+    A sentence whose label train.txt lacks counts as an error, and the loss leaves it out.
+
     Args:
         accelerator: its processes share the work; each example counts once, and all get the same figures.
     """
     model.eval()
     criterion = make_criterion("CrossEntropyLoss")
     processes, process = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, correct answers
+    losses, correct = [torch.zeros(0, device=device)], [torch.zeros(0, dtype=torch.bool, device=device)]
     batches = BucketSampler(data.lengths, batch_size * processes, shuffle=False).batches()
-    for batch in make_loader(data, (shard(batch, batch_size, processes, process)[0] for batch in batches)):
+    for batch in prefetch(data.batch, (shard(batch, batch_size, processes, process)[0] for batch in batches)):
         batch = batch.to(device)
         assert batch.targets is not None  # encoded data have them
         logits = model(batch.input_ids, batch.attention_mask)[: len(batch)]
-        sums[0] += criterion(logits, batch.targets).cpu().double().sum()  # not every device has doubles
+        losses.append(criterion(logits, batch.targets))
         classes = batch.targets.argmax(-1) if data.has_logits else batch.targets
-        sums[1] += int((logits.argmax(-1) == classes).sum())
-    loss, correct = total(sums, accelerator).tolist()
-    return {"loss": loss / len(data), "accuracy": correct / len(data)}
+        correct.append(logits.argmax(-1) == classes)
+    # Read at the end: a GPU does not wait for the processor after each batch.
+    sums = torch.stack([torch.cat(losses).cpu().double().sum(), torch.cat(correct).cpu().double().sum()])
+    loss, right = total(sums, accelerator).tolist()
+    return {"loss": loss / max(1, len(data) - data.unknown_labels), "accuracy": right / len(data)}
+
+
+@torch.no_grad()
+def fit_decoder(model: Classifier, data: EncodedData, batch_size: int, accelerator: Accelerator) -> None:
+    """Set a decoder in closed form, from which training goes on, if it is one that can be set so."""
+    if not isinstance(model.decoder, GaussianDecoder):
+        return
+    device = accelerator.device
+    model.to(device).eval()
+
+    def encodings() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in prefetch(data.batch, BucketSampler(data.lengths, batch_size, shuffle=False)):
+            batch = batch.to(device)
+            assert batch.targets is not None  # encoded data have them
+            probabilities = batch.targets.softmax(-1) if data.has_logits else F.one_hot(batch.targets, len(data.labels))
+            yield model.encode(batch.input_ids, batch.attention_mask), probabilities
+
+    model.decoder.fit(encodings())
+    model.cpu()

@@ -24,7 +24,6 @@ The paper's unsupervised augmentation loss is optional there, and left out here.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from array import array
@@ -36,20 +35,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset import Batch, BucketSampler, EncodedData, make_loader, pad
-from model import Classifier, parameter_groups
+from dataset import Batch, BucketSampler, EncodedData, pad, prefetch
+from model import parameter_groups
 from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
 from text.lines import TsvReader
 from training.distillation import Teacher, read_sentences
 from training.losses import cosine_with_warmup
+from training.run import Run
 from training.trainer import Trainer
-from util import RunInfo, open_input
+from util import open_input
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +158,7 @@ class Rows:
         return [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
 
 
-class UnlabelledText(Dataset):
+class UnlabelledText:
     """Sentences without labels, encoded for student and teacher.
 
     Args:
@@ -176,7 +174,7 @@ class UnlabelledText(Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadTwice:
+    def batch(self, indices: Sequence[int]) -> ReadTwice:
         own = pad(self.rows[indices])
         return ReadTwice(own.input_ids, own.attention_mask,
                          teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
@@ -202,8 +200,8 @@ class LabelledText(EncodedData):
         super().__init__(path)
         self.teacher_rows = Rows(read_sentences(self), teacher_tokenizer) if teacher_tokenizer else None
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadTwice:
-        own = super().__getitems__(indices)
+    def batch(self, indices: Sequence[int]) -> ReadTwice:
+        own = super().batch(indices)
         return ReadTwice(own.input_ids, own.attention_mask, own.targets,
                          teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
 
@@ -217,20 +215,19 @@ class MetaTrainer(Trainer):
     An epoch is one pass over the labelled data; each step takes as many sentences of the unlabelled text.
 
     Args:
+        run: its flags are those of this part of the training.
         teacher: begins as it is, and is changed.
-        model, train, valid, args, info, accelerator: see Trainer.
     """
 
-    def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
-                 info: RunInfo, accelerator: Accelerator, teacher: Teacher) -> None:
+    def __init__(self, run: Run, teacher: Teacher) -> None:
+        args, train = run.args, run.train
         tokenizer = None if teacher.reads_like(train.encoding) else teacher.tokenizer(args.augmented)
-        labelled = LabelledText(train.path, tokenizer)
         logger.info("[meta pseudo labels] reading %s", args.mpl_data_path)
         text = UnlabelledText(args.mpl_data_path,
-                              make_tokenizer(info.vocabulary, replace(train.encoding, augmented=True)),
+                              make_tokenizer(run.info.vocabulary, replace(train.encoding, augmented=True)),
                               teacher.tokenizer(augmented=True) if tokenizer else None)
-        super().__init__(model, labelled, valid, args, info, accelerator)
-        self.teacher = teacher.to(accelerator.device)
+        super().__init__(replace(run, train=LabelledText(train.path, tokenizer)))
+        self.teacher = teacher.to(self.accelerator.device)
         groups = parameter_groups(teacher.model, args.mpl_weight_decay, args.mpl_learning_rate)
         self.teacher_optimizer = torch.optim.AdamW(groups, lr=args.mpl_learning_rate, eps=args.adam_epsilon)
         self.teacher_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -242,10 +239,10 @@ class MetaTrainer(Trainer):
     def _endless(self, text: UnlabelledText) -> Iterator[ReadTwice]:
         sampler = BucketSampler(text.lengths, self.args.batch_size, seed=self.args.seed)
         while True:
-            yield from cast(Iterator[ReadTwice], make_loader(cast(EncodedData, text), sampler))
+            yield from prefetch(text.batch, sampler)
             sampler.epoch += 1
 
-    def _train_step(self, group: list[Batch], examples: int) -> None:
+    def train_step(self, group: list[Batch], examples: int) -> None:
         device = self.accelerator.device
         labelled = [cast(ReadTwice, batch).to(device) for batch in group]
         unlabelled = [next(self.unlabelled).to(device) for _ in group]
@@ -282,20 +279,20 @@ class MetaTrainer(Trainer):
         self.teacher_scheduler.step()
         self.teacher_optimizer.zero_grad()
         self.model.train()
-        self.step += 1
-        self.loss_count += 1
+        self.progress.step += 1
+        self.progress.loss_count += 1
         self.fall += fall
-        if self.step % self.args.logging_steps == 0:
+        if self.progress.step % self.args.logging_steps == 0:
             logger.info("[meta pseudo labels, step %d] teacher's loss %.4f, student's loss falls by %.2e a step",
-                        self.step, supervised.sum().item() / examples, self.fall / self.args.logging_steps)
-            self.writer.add_scalar("mpl/fall", self.fall / self.args.logging_steps, self.step)
+                        self.progress.step, supervised.sum().item() / examples, self.fall / self.args.logging_steps)
+            self.writer.add_scalar("mpl/fall", self.fall / self.args.logging_steps, self.progress.step)
             self.fall = 0.0
 
     def _update(self, loss: Tensor) -> None:
         if not math.isfinite(value := loss.item()):
-            raise InputError(f"the loss on pseudo labels is {value} at step {self.step + 1}; lower --lr "
+            raise InputError(f"the loss on pseudo labels is {value} at step {self.progress.step + 1}; lower --lr "
                              f"(now {self.args.lr:g}).")
-        self.loss_sum += value
+        self.progress.loss_sum += value
         self.accelerator.backward(loss)
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)

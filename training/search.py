@@ -31,8 +31,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, command_line, format_flag, read_json
-from cli.training_flags import check_loss_flags
+from cli.config import read_json
+from cli.flags import Parser, changed, command_line, format_flag
+from cli.training_flags import TABLE, check_loss_flags
 from dataset import EncodedData
 from sentence_classifier.errors import FlagError, InputError
 from training.search_space import check_alone, check_space, default_space, suggest
@@ -280,8 +281,8 @@ class Search:
         import optuna
 
         args, config = self.get_params(argv)
-        args.save_path = str(self.folder / f"{trial.number}.pt")
-        args.bert_output_dir = str(self.folder / f"{trial.number}.bert")
+        args = changed(args, save_path=str(self.folder / f"{trial.number}.pt"),
+                       bert_output_dir=str(self.folder / f"{trial.number}.bert"))
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             trial.report(metrics["valid_accuracy"], epoch)
@@ -351,19 +352,20 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
         raise InputError("--resume: a search goes on by itself where it was stopped; leave --resume out.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     source = args.hp_space or "--hp_search_optuna"
-    space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch), source, parser)
-    groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
-    search_flags = {*groups["hyper-parameter search"], "resume"}
+    space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch), source)
+    search_flags = {*(name for name in vars(args) if name.startswith("hp_")), "resume"}
+    places = {*(flag.name for flag in TABLE if flag.group.place), "config", "data_dir", "device"}
 
     def check(name: str, value: Any) -> None:
         """In the place of the user's own value: what is refused then is refused for this value's sake."""
         flag = format_flag(next(action for action in parser._actions if action.dest == name), value)
-        check_loss_flags(get_params([*command_line(parser, args, {*search_flags, name}), *flag])[0], data[0])
+        found, _ = get_params([*command_line(parser, args, {*search_flags, name}), *flag])
+        check_loss_flags(found, data[0].path, data[0].has_logits)
 
     check_alone(space, source, check)
     searching = search_flags | set(space)
     base = command_line(parser, args, searching)
-    how = command_line(parser, args, searching | groups["files"] | groups["machine"])
+    how = command_line(parser, args, searching | places)
     made_from = json.dumps([read_json(args.config), data[0].encoding.decisive(), data[1].encoding.source_sha256, space,
                             how], sort_keys=True)
     identity = hashlib.sha256(made_from.encode()).hexdigest()[:12]

@@ -9,20 +9,16 @@ A range of whole numbers holds both its ends; "log" draws evenly in the logarith
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, did_you_mean
+from cli.flags import did_you_mean
+from cli.training_flags import SEARCHABLE, TrainingFlag
 from sentence_classifier.errors import FlagError, InputError
 
 if TYPE_CHECKING:
     from optuna import Trial
-
-# Groups of flags that say how to train, not where and on what.
-SEARCHED = ("course of the training", "optimizer", "loss and regularization", "transformers")
-
 
 def default_space(epoch: int) -> dict[str, Any]:
     """The space that is searched without --hp_space."""
@@ -30,7 +26,7 @@ def default_space(epoch: int) -> dict[str, Any]:
             "seed": {"low": 17, "high": 42}, "epoch": {"low": 1, "high": epoch}}
 
 
-def check_space(space: Any, source: str, parser: Parser) -> dict[str, Any]:
+def check_space(space: Any, source: str) -> dict[str, Any]:
     """The space with each value as its flag holds it.
 
     Args:
@@ -40,25 +36,23 @@ def check_space(space: Any, source: str, parser: Parser) -> dict[str, Any]:
     Raises:
         InputError: names the file, the key and what is wrong there.
     """
-    actions = {action.dest: action for group in parser._action_groups if group.title in SEARCHED
-               for action in group._group_actions}
     if not space:
         raise InputError(f"{source}: names no flag to search.")
-    return {name: _check_values(actions.get(name), rule, f"{source}: {name}", did_you_mean(name, actions))
+    return {name: _check_values(SEARCHABLE.get(name), rule, f"{source}: {name}", did_you_mean(name, SEARCHABLE))
             for name, rule in space.items()}
 
 
-def _check_values(action: argparse.Action | None, rule: Any, where: str, hint: str) -> Any:
-    if action is None:
+def _check_values(flag: TrainingFlag | None, rule: Any, where: str, hint: str) -> Any:
+    if flag is None:
         raise InputError(f"{where}: no flag of train.py that can be searched{hint}.")
-    switch = action.nargs == 0
     if isinstance(rule, list):
         if len(rule) < 2 or len({str(value) for value in rule}) < len(rule):
             raise InputError(f"{where}: two or more different values are expected.")
-        return [_check_value(action, value, where) for value in rule]
-    if not isinstance(rule, dict) or switch or action.choices:
+        return [_check_value(flag, value, where) for value in rule]
+    listed = flag.action is not None or bool(flag.choices)
+    if not isinstance(rule, dict) or listed:
         raise InputError(f"{where}: a list of values is expected" + (
-            "." if switch or action.choices else ', or a range {"low": ..., "high": ...}.'))
+            "." if listed else ', or a range {"low": ..., "high": ...}.'))
     for key in rule:
         if key not in ("low", "high", "log", "step"):
             raise InputError(f"{where}: unknown key {key!r}{did_you_mean(key, ('low', 'high', 'log', 'step'))}; a "
@@ -66,7 +60,7 @@ def _check_values(action: argparse.Action | None, rule: Any, where: str, hint: s
     for key in ("low", "high"):
         if key not in rule:
             raise InputError(f"{where}: {key} is missing.")
-    low, high = (_check_value(action, rule[key], f"{where}: {key}") for key in ("low", "high"))
+    low, high = (_check_value(flag, rule[key], f"{where}: {key}") for key in ("low", "high"))
     if not isinstance(low, int | float):
         raise InputError(f"{where}: no number, and so no range; a list of values is expected.")
     if low > high:
@@ -86,21 +80,12 @@ def _check_values(action: argparse.Action | None, rule: Any, where: str, hint: s
     return {"low": low, "high": high, "log": log, "step": step}
 
 
-def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
-    if (action.nargs == 0) != isinstance(value, bool):
-        raise InputError(f"{where}: {json.dumps(value)} and must be "
-                         f"{'true or false' if action.nargs == 0 else 'a value of the flag'}.")
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, int | float | str):
-        raise InputError(f"{where}: {json.dumps(value)} is no value of a flag.")
-    if action.choices and value not in action.choices:
-        raise InputError(f"{where}: {json.dumps(value)} and must be one of {', '.join(action.choices)}.")
+def _check_value(flag: TrainingFlag, value: Any, where: str) -> Any:
     try:
-        held = action.type(str(value)) if callable(action.type) else value
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"{where}: {error}.") from None
-    return held if isinstance(held, int | float) else str(value)  # a list of layers stays as it is written
+        held = flag.convert(value)
+    except ValueError as error:
+        raise InputError(f"{where}: {json.dumps(value)}: {error}.") from None
+    return held if isinstance(held, int | float) else value  # a list of layers stays as it is written
 
 
 def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], None]) -> None:

@@ -11,28 +11,28 @@ accumulation nor the number of processes changes what is learned.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cli.training_flags import DECISIVE
 from compression.quantization import start_quantization
-from dataset import Batch, BucketSampler, EncodedData, make_loader, shard
-from model import Classifier, parameter_groups
+from dataset import Batch, BucketSampler, prefetch, shard
+from model import parameter_groups
 from pretrained.loading import merged_weights
 from sentence_classifier.errors import InputError
+from training.curves import Curves
 from training.distributed import (
     gather,
     is_sharded,
@@ -42,16 +42,24 @@ from training.distributed import (
     total,
     whole_weights,
 )
-from training.losses import WeightAverage, balanced_class_weights, cosine_with_warmup, evaluate, make_criterion
-from util import Checkpoint, Curves, RunInfo, load_state, save_checkpoint, save_state, second_name
+from training.losses import (
+    WeightAverage,
+    balanced_class_weights,
+    cosine_with_warmup,
+    evaluate,
+    make_criterion,
+)
+from training.run import Run
+from util import Checkpoint, load_state, save_checkpoint, save_state, second_name
 
 logger = logging.getLogger(__name__)
 
-EARLIER = "left by an earlier version of train.py; start anew without --resume."
+SEED_DISTANCE = 1_000_003  # between the seeds of processes
+STEPS_UNREAD = 20  # on a GPU, after which the losses are read
 
 
 class Diverged(InputError):
-    """The loss is no number any more."""
+    """The loss is not finite any more."""
 
 
 def find_state(save_path: str, processes: int) -> dict[str, Any] | None:
@@ -64,58 +72,110 @@ def find_state(save_path: str, processes: int) -> dict[str, Any] | None:
     """
     path = Path(f"{save_path}.state")
     if not path.exists():
+        logger.info("[no %s to resume: beginning at the beginning]", path)
         return None
     state = load_state(path)
-    if "processes" not in state:
-        raise InputError(f"{path}: {EARLIER}")
     if state["processes"] != processes and state["progress"]["position"]:
         state = load_state(f"{path}.epoch")
     return state
+
+
+@dataclass
+class EarlyStopping:
+    """Decides which model is kept, and after how many epochs without a gain training stops.
+
+    A model as accurate as the best so far is kept, yet it is no gain that patience counts: a small valid file is soon
+    answered as well as it ever will be, while training goes on to help other data. The loss does not break such ties
+    well, since it punishes confidence, which grows with training.
+
+    Attributes:
+        measure: "loss", "accuracy" or "last".
+        patience: epochs.
+        gained: whether this epoch has a gain.
+    """
+
+    measure: str
+    patience: int
+    gained: bool = False
+    epochs_without_gain: int = 0
+
+    def is_better(self, metrics: dict[str, float], best: dict[str, Any]) -> bool:
+        """Whether a model with these metrics takes the place of the best one so far (empty: there is none)."""
+        tie = False
+        if not best or self.measure == "last":
+            better = True
+        elif self.measure == "loss":
+            better = metrics["loss"] < best["valid_loss"]
+        else:
+            tie = metrics["accuracy"] == best["valid_accuracy"]
+            better = tie or metrics["accuracy"] > best["valid_accuracy"]
+        self.gained |= better and not tie
+        return better
+
+    def ends(self) -> bool:
+        """Close an epoch; whether training stops."""
+        self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
+        self.gained = False
+        return self.epochs_without_gain >= self.patience
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a state file carries it.
+
+    Attributes:
+        position: steps of the epoch that are done.
+        loss_sum, loss_count: of the examples since the last evaluation.
+        best: metrics of the model that is kept.
+        history: metrics of each evaluation.
+    """
+
+    stopping: EarlyStopping
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    finished: bool = False
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        """From what dataclasses.asdict made of it."""
+        return cls(**{**found, "stopping": EarlyStopping(**found["stopping"])})
 
 
 class Trainer:
     """Trains a classifier on encoded data and keeps the best checkpoint.
 
     Args:
-        model: on the CPU.
-        train, valid: encoded data.
-        args: train.py's flags.
-        info: what a checkpoint says of the run.
-        accelerator: device, precision, processes.
+        run: what training begins with.
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
-            (the newest of `history`), in all processes; what it raises ends the training.
-        state: what save_state saved, to go on from.
+            (the newest of the history), in all processes; what it raises ends the training.
 
     Raises:
         InputError: the run to go on with had other flags, another config or other data.
     """
 
-    # Flags that a resumed run must share.
-    decisive: tuple[str, ...] = (
-        "batch_size", "eval_batch_size", "epoch", "max_train_steps", "eval_and_save_steps", "lr", "embedding_lr",
-        "layer_lr_decay", "num_warmup_steps", "warmup_epoch", "warmup_ratio", "patience", "adam_epsilon",
-        "weight_decay", "gradient_accumulation_steps", "max_grad_norm", "seed", "embedding_trainable", "measure",
-        "criterion", "class_weights", "kd_temperature", "word_dropout", "embedding_dropout", "token_cutoff",
-        "ema_decay", "rdrop", "precision", "restore_path", "bert_model_name_or_path", "bert_use_feature_based",
-        "bert_remove_layers", "lora_r", "compile", "enable_qat", "enable_qat_fx", "enable_diffq", "diffq_penalty")
+    decisive: tuple[str, ...] = DECISIVE  # flags that a resumed run must share
 
-    def __init__(self, model: Classifier, train: EncodedData, valid: EncodedData, args: argparse.Namespace,
-                 info: RunInfo, accelerator: Accelerator,
-                 on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-                 state: dict[str, Any] | None = None) -> None:
+    def __init__(self, run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
+        model, args, accelerator, state = run.model, run.args, run.accelerator, run.state
         self.args = args
-        self.info = info
+        self.info = run.info
         self.accelerator = accelerator
         self.on_epoch = on_epoch
-        self.train_data = train
-        self.valid_data = valid
+        self.train_data = run.train
+        self.valid_data = run.valid
         self.processes = accelerator.num_processes
+        self.notes: dict[str, Any] = {}  # what the results say beside the history
         # What an optimizer step takes is drawn whole, so that it does not depend on how it is cut.
-        whole = args.batch_size * args.gradient_accumulation_steps * self.processes
-        self.sampler = BucketSampler(train.lengths, whole, seed=args.seed)
+        step_batch_size = args.batch_size * args.gradient_accumulation_steps * self.processes
+        self.sampler = BucketSampler(run.train.lengths, step_batch_size, seed=args.seed)
         weights = None
         if args.class_weights == "balanced":
-            weights = balanced_class_weights(train.class_ids(), len(train.labels)).to(accelerator.device)
+            weights = balanced_class_weights(run.train.class_ids(), len(run.train.labels)).to(accelerator.device)
         self.criterion = make_criterion(args.criterion, weights, args.kd_temperature)
 
         self.steps_per_epoch = len(self.sampler)
@@ -124,16 +184,8 @@ class Trainer:
             self.total_steps = min(self.total_steps, args.max_train_steps)
         warmup = self._warmup_steps()
 
-        self.step = 0
-        self.epoch = 0
-        self.position = 0  # steps of the epoch that are done
-        self.loss_sum, self.loss_count = 0.0, 0  # since the last evaluation
-        self.losses: list[Tensor] = []  # of batches, on the device, not yet in loss_sum
-        self.best: dict[str, Any] = {}
-        self.epochs_without_gain = 0
-        self.gained = False  # within this epoch
-        self.history: list[dict[str, float]] = []
-        self.finished = False
+        self.progress = Progress(EarlyStopping(args.measure, args.patience))
+        self.losses: list[Tensor] = []  # of batches, on the device, not yet in the progress
         self.saved_at_end = False  # whether the state on disk is one at the end of an epoch
         self.writer: Any = None
         if state:
@@ -147,10 +199,7 @@ class Trainer:
             optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
         )
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        if state and not self.finished:
-            moments = state["optimizer"]["state"]
-            if any(moments[n]["exp_avg"].shape != p.shape for n, p in enumerate(self.parameters) if n in moments):
-                raise InputError(f"{self.state_path}: {EARLIER}")  # it trained whole token tables
+        if state and not self.progress.finished:
             model.load_state_dict(state["model"])  # before DeepSpeed shares the weights out
         self.model, self.optimizer = prepare(model, optimizer, accelerator)
         self.plain_model = model
@@ -158,8 +207,8 @@ class Trainer:
             self.model = torch.compile(self.model, dynamic=True)
         self.average = WeightAverage(self.plain_model, args.ema_decay) if args.ema_decay else None
         if accelerator.process_index:  # all began with the same weights; from here on each has dropout of its own
-            torch.manual_seed(args.seed + _APART * accelerator.process_index)
-        if state and not self.finished:
+            torch.manual_seed(args.seed + SEED_DISTANCE * accelerator.process_index)
+        if state and not self.progress.finished:
             self._load_rest(state)
 
     def _warmup_steps(self) -> int:
@@ -184,10 +233,9 @@ class Trainer:
 
     def save_state(self) -> None:
         """Write all that a resumed run needs to go on as if it had never stopped. To be called in all processes."""
-        state: dict[str, Any] = {"processes": self.processes,
-                 "progress": {name: getattr(self, name) for name in _PROGRESS}}
+        state: dict[str, Any] = {"processes": self.processes, "progress": asdict(self.progress)}
         with contextlib.ExitStack() as stack:
-            if not self.finished:
+            if not self.progress.finished:
                 stack.enter_context(whole_weights(self.plain_model, self.accelerator))
                 state |= {
                     "model": self.plain_model.state_dict(),
@@ -199,12 +247,12 @@ class Trainer:
                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 }
             if self.accelerator.is_main_process:
-                if self.position and self.saved_at_end:
+                if self.progress.position and self.saved_at_end:
                     second_name(self.state_path, self.epoch_path)
                 save_state(self.info, state, self.state_path)
-                if not self.position:
+                if not self.progress.position:
                     self.epoch_path.unlink(missing_ok=True)
-        self.saved_at_end = not self.position
+        self.saved_at_end = not self.progress.position
 
     def _load_progress(self, state: dict[str, Any]) -> None:
         """Check that the state is of this run, and go back to where it stood."""
@@ -221,20 +269,20 @@ class Trainer:
             raise InputError(f"{self.state_path}: the run to resume had another config or other data; "
                              "start anew without --resume.")
         self.info = replace(self.info, run_id=state["run"].run_id)
-        for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
-        self.saved_at_end = not self.position and not moved
-        if moved and not self.finished:
-            self.step = self.epoch * self.steps_per_epoch
+        self.progress = Progress.from_json(state["progress"])
+        self.saved_at_end = not self.progress.position and not moved
+        if moved and not self.progress.finished:
+            self.progress.step = self.progress.epoch * self.steps_per_epoch
             logger.info("[processes: %d, where there were %d: resuming at the end of epoch %d, step %d of now %d; "
-                        "dropout draws anew]", self.processes, state["processes"], self.epoch, self.step,
-                        self.total_steps)
-            self.finished = self.step >= self.total_steps
+                        "dropout draws anew]", self.processes, state["processes"], self.progress.epoch,
+                        self.progress.step, self.total_steps)
+            self.progress.finished = self.progress.step >= self.total_steps
 
     def _load_rest(self, state: dict[str, Any]) -> None:
         """What goes with the weights."""
         load_optimizer_state(self.optimizer, self.parameters, self.accelerator, state["optimizer"])
-        self.scheduler.last_epoch = self.step
+        moved = state["processes"] != self.processes
+        self.scheduler.last_epoch = self.progress.step if moved else state["scheduler"]["last_epoch"]
         for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs,
                                        self.scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(self.scheduler.last_epoch)
@@ -244,13 +292,13 @@ class Trainer:
             self.quantization.load_state_dict(state["quantization"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["processes"] == self.processes:
+        if not moved:
             random = state["random"][self.accelerator.process_index]
             torch.set_rng_state(random["cpu"])
             if "cuda" in random:
                 torch.cuda.set_rng_state(random["cuda"], self.accelerator.device)
         else:
-            torch.manual_seed(self.args.seed + self.step + _APART * self.accelerator.process_index)
+            torch.manual_seed(self.args.seed + self.progress.step + SEED_DISTANCE * self.accelerator.process_index)
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}
@@ -262,59 +310,59 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to the end. Returns the metrics of the best model."""
-        if self.finished:
+        if self.progress.finished:
             logger.info("[%s is finished; nothing is left to resume]", self.args.save_path)
-            return self.best
-        if not self.step and not self.saved_at_end:
+            return self.progress.best
+        if not self.progress.step and not self.saved_at_end:
             self.save_state()  # so that --resume never finds another run's state in the place of this one's
         main = self.accelerator.is_main_process
         if main:
-            self.writer = Curves(Path(self.args.log_dir) / self.info.run_id, self.step + 1)
+            self.writer = Curves(Path(self.args.log_dir) / self.info.run_id, self.progress.step + 1)
         started = time.time()
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if main else True,
+        bar = tqdm(total=self.total_steps, initial=self.progress.step, unit="step", disable=None if main else True,
                    dynamic_ncols=True)
         try:
-            while not self.finished:
+            while not self.progress.finished:
                 self.train_epoch(bar)
         finally:
             bar.close()
-        logger.info("[trained %d steps in %.1f s]", self.step, time.time() - started)
-        return self.best
+        logger.info("[trained %d steps in %.1f s]", self.progress.step, time.time() - started)
+        return self.progress.best
 
     def train_epoch(self, bar: tqdm) -> None:
         """Train from the current position to the end of the epoch (or of the run)."""
-        self.sampler.epoch = self.epoch
+        self.sampler.epoch = self.progress.epoch
         self.model.train()
-        for group, examples in self._groups():
-            self._train_step(group, examples)
+        for group, examples in self._groups() if self.total_steps else ():
+            self.train_step(group, examples)
             bar.update()
-            self.position += 1
-            last = self.position >= len(self.sampler)
-            stop = self.step >= self.total_steps
+            self.progress.position += 1
+            last = self.progress.position >= len(self.sampler)
+            stop = self.progress.step >= self.total_steps
             if last or stop:
                 break
-            if self.step % self.args.eval_and_save_steps == 0:
+            if self.progress.step % self.args.eval_and_save_steps == 0:
                 self.evaluate_and_save(bar)
                 self.model.train()
-        self.epoch += 1
-        self.position = 0
-        self.finished = self.step >= self.total_steps
+        self.progress.epoch += 1
+        self.progress.position = 0
+        self.progress.finished = self.progress.step >= self.total_steps
         self.evaluate_and_save(bar, end_of_epoch=True)
         if self.on_epoch:
-            self.on_epoch(self.epoch, self.history[-1])
+            self.on_epoch(self.progress.epoch, self.progress.history[-1])
 
     def _groups(self) -> Iterator[tuple[list[Batch], int]]:
         """What is left of the epoch, by optimizer steps: this process's batches, and the examples of all processes."""
-        steps = self.sampler.batches()[self.position :]
-        batches = make_loader(self.train_data, (part for step in steps for part in self._shard(step)),
-                              self.accelerator.device.type == "cuda")
+        steps = self.sampler.batches()[self.progress.position :]
+        batches = prefetch(self.train_data.batch, (part for step in steps for part in self._shard(step)),
+                           self.accelerator.device.type == "cuda")
         for step in steps:
             yield [next(batches) for _ in self._shard(step)], len(step)
 
     def _shard(self, step: Any) -> list[list[int]]:
         return shard(step, self.args.batch_size, self.processes, self.accelerator.process_index)
 
-    def _train_step(self, group: list[Batch], examples: int) -> None:
+    def train_step(self, group: list[Batch], examples: int) -> None:
         """One optimizer step; the gradient is that of the mean over all of the step's examples.
 
         Args:
@@ -327,28 +375,30 @@ class Trainer:
                 loss = self._loss(batch)
                 backward(loss / (examples / self.processes))  # gradients are averaged over processes
             self.losses.append(loss.detach())
-        self.loss_count += examples
-        if self.accelerator.device.type == "cpu" or self.step % _STEPS_UNREAD == 0:
-            self._read_losses()
+        self.progress.loss_count += examples
+        if self.accelerator.device.type == "cpu" or self.progress.step % STEPS_UNREAD == 0:
+            self.read_losses()
         if self.args.max_grad_norm and not is_sharded(self.accelerator):
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
-        self.scheduler.step()
+        # In fp16 the scaler leaves a step out whose gradients overflowed: then nothing has been learned.
+        if not (self.accelerator.scaler and self.accelerator.optimizer_step_was_skipped):
+            self.scheduler.step()
+            if self.average:
+                self.average.update()
         self.optimizer.zero_grad()
-        self.step += 1
-        if self.average:
-            self.average.update()
+        self.progress.step += 1
 
-    def _read_losses(self) -> None:
+    def read_losses(self) -> None:
         """Add up the losses since the last reading, for which a GPU has to finish what it does: so not at each step."""
         if not self.losses:
             return
         loss_sum = total(torch.stack(self.losses).cpu().double().sum().view(1), self.accelerator).item()
         self.losses.clear()
         if not math.isfinite(loss_sum):
-            raise Diverged(f"the loss is {loss_sum} at step {self.step + 1}; lower --lr (now {self.args.lr:g}). "
-                           "The best checkpoint so far, if there is one, is untouched.")
-        self.loss_sum += loss_sum
+            raise Diverged(f"the loss is {loss_sum} at step {self.progress.step + 1}; lower --lr (now {self.args.lr:g}). The "
+                           "best checkpoint so far, if there is one, is untouched.")
+        self.progress.loss_sum += loss_sum
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One pass: the loss of each example [B], and the logits [B, C]. A subclass may learn from something else."""
@@ -390,7 +440,7 @@ class Trainer:
 
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
-        self._read_losses()
+        self.read_losses()
         if self.quantization and self.processes > 1:  # each process has seen ranges of its own
             ranges = self.quantization.state_dict()
             self.quantization.load_state_dict(
@@ -399,52 +449,35 @@ class Trainer:
             metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device,
                                self.accelerator)
             if not math.isfinite(metrics["loss"]):
-                raise Diverged(f"the valid loss is {metrics['loss']} at step {self.step}; lower --lr.")
-            point = {"step": self.step, "epoch": self.epoch, "train_loss": self.loss_sum / max(1, self.loss_count),
+                raise Diverged(f"the valid loss is {metrics['loss']} at step {self.progress.step}; lower --lr.")
+            point = {"step": self.progress.step, "epoch": self.progress.epoch, "train_loss": self.progress.loss_sum / max(1, self.progress.loss_count),
                      "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"],
                      "lr": self.optimizer.param_groups[0]["lr"]}
-            self.loss_sum, self.loss_count = 0.0, 0
-            self.history.append(point)
-            better = self._is_better(metrics)
+            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
+            self.progress.history.append(point)
+            better = self.progress.stopping.is_better(metrics, self.progress.best)
             if better:
-                self.gained |= not self._is_tie(metrics)
-                self.best = point
-                with whole_weights(self.plain_model, self.accelerator):
-                    if self.accelerator.is_main_process:
-                        checkpoint = Checkpoint(run=self.info, metrics=point, **self._weights())
-                        save_checkpoint(checkpoint, self.args.save_path, self.args.keep_checkpoints)
-        if end_of_epoch:
-            self.epochs_without_gain = 0 if self.gained else self.epochs_without_gain + 1
-            self.gained = False
-            if self.epochs_without_gain >= self.args.patience and not self.finished:
-                logger.info("[no gain on valid for %d epochs: stopping]", self.epochs_without_gain)
-                self.finished = True
+                self.progress.best = point
+                self.save_model(point)
+        if end_of_epoch and self.progress.stopping.ends() and not self.progress.finished:
+            logger.info("[no gain on valid for %d epochs: stopping]", self.args.patience)
+            self.progress.finished = True
         self._report(point, better, bar)
         self.save_state()
 
-    def _weights(self) -> dict[str, Any]:
+    def save_model(self, metrics: dict[str, float]) -> None:
+        """Write the checkpoint. To be called in all processes."""
+        with whole_weights(self.plain_model, self.accelerator):
+            if self.accelerator.is_main_process:
+                checkpoint = Checkpoint(run=self.info, metrics=metrics, **self.checkpoint_weights())
+                save_checkpoint(checkpoint, self.args.save_path, self.args.keep_checkpoints)
+
+    def checkpoint_weights(self) -> dict[str, Any]:
         """The model under the names of an fp32 model, and what quantizes it."""
         weights = merged_weights(self.plain_model)
         if not self.quantization:
             return {"model": weights}
         return {"model": self.quantization.weights(weights), "quantization": self.quantization.metadata()}
-
-    def _is_better(self, metrics: dict[str, float]) -> bool:
-        if not self.best:
-            return True
-        if self.args.measure == "last":
-            return True
-        if self.args.measure == "loss":
-            return metrics["loss"] < self.best["valid_loss"]
-        return metrics["accuracy"] > self.best["valid_accuracy"] or self._is_tie(metrics)
-
-    def _is_tie(self, metrics: dict[str, float]) -> bool:
-        """As accurate as the best so far: the later model is kept, yet it is no gain that patience counts.
-
-        A small valid file is soon answered as well as it ever will be, while training goes on to help other data; the
-        loss does not break such ties well, since it punishes confidence, which grows with training.
-        """
-        return self.args.measure == "accuracy" and metrics["accuracy"] == self.best.get("valid_accuracy")
 
     def _report(self, point: dict[str, float], better: bool, bar: tqdm) -> None:
         if not self.accelerator.is_main_process:
@@ -456,10 +489,3 @@ class Trainer:
         logger.info("[epoch %d step %d] train loss %.4f, valid loss %.4f, valid accuracy %.4f, lr %.2e%s",
                     point["epoch"], point["step"], point["train_loss"], point["valid_loss"],
                     point["valid_accuracy"], point["lr"], " *" if better else "")
-
-
-_APART = 1_000_003  # of the seeds of processes
-_STEPS_UNREAD = 20  # on a GPU, after which the losses are read
-# Attributes that a state file carries.
-_PROGRESS = ("step", "epoch", "position", "loss_sum", "loss_count", "best", "epochs_without_gain", "gained", "history",
-             "finished")

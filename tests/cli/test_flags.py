@@ -17,7 +17,7 @@ import evaluate
 import fastformers
 import preprocess
 import train
-from cli.flags import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, TRAINING_KEYS, load_config
+from cli.config import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, RECIPE_KEYS, load_config
 from sentence_classifier.errors import InputError
 
 STAGES = {"preprocess.py": preprocess, "train.py": train, "evaluate.py": evaluate, "fastformers.py": fastformers}
@@ -112,7 +112,7 @@ def test_broken_json(tmp_path: Path, content: bytes, says: str) -> None:
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                         lambda inner: (st.lists(inner, max_size=3)
                                        | st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=5)
-config_keys = st.sampled_from(sorted({"surplus", *make_config("densenet-cnn"), *TRAINING_KEYS}))
+config_keys = st.sampled_from(sorted({"surplus", *make_config("densenet-cnn"), *RECIPE_KEYS}))
 
 
 @settings(max_examples=200)
@@ -166,7 +166,7 @@ def test_n_ctx_flag_beats_the_config(tmp_path: Path) -> None:
 def test_contract_defaults() -> None:
     args, _ = train.get_params([f"--config={ROOT / 'configs/config-glove-gnb.json'}"])
     expected = {"data_dir": "data/snips", "embedding_filename": "embedding.npy", "label_filename": "label.txt",
-                "batch_size": 128, "eval_batch_size": 128, "max_train_steps": None, "eval_and_save_steps": 500,
+                "batch_size": 128, "eval_batch_size": 128, "maxtrain_steps": None, "eval_and_save_steps": 500,
                 "num_warmup_steps": None, "warmup_epoch": 0, "save_path": "pytorch-model.pt", "restore_path": None,
                 "adam_epsilon": 1e-8, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "log_dir": "runs",
                 "seed": 42, "augmented": False}

@@ -362,7 +362,7 @@ def test_gradient_checkpointing_computes_the_same_twice(bert: Case, monkeypatch:
     forward = BertSelfAttention.forward
     monkeypatch.setattr(BertSelfAttention, "forward", lambda *a, **k: calls.append(torch.is_grad_enabled())
                         or forward(*a, **k))
-    flags = bert.train_flags("--epoch=1", "--max_train_steps=3")
+    flags = bert.train_flags("--epoch=1", "--maxtrain_steps=3")
     train.main(flags)
     once = len(calls)
     calls.clear()
@@ -378,7 +378,7 @@ def test_a_transformer_trains_with_the_fast_parts(bert: Case, monkeypatch: pytes
     used = []
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda self, x: used.append(self.training) or forward(self, x))
-    train.main(bert.train_flags("--epoch=1", "--max_train_steps=1"))
+    train.main(bert.train_flags("--epoch=1", "--maxtrain_steps=1"))
     assert any(used)  # in training
 
 
@@ -450,7 +450,7 @@ def test_too_long_for_a_model_whose_positions_begin_late(tmp_path: Path) -> None
     preprocess.main(case.flags(f"--n_ctx={POSITIONS}"))  # RoBERTa's first two positions stand for padding
     assert "takes shorter sentences only" in refusal(train.main, *case.train_flags())
     preprocess.main(case.flags(f"--n_ctx={POSITIONS - 2}"))
-    train.main(case.train_flags("--max_train_steps=1"))
+    train.main(case.train_flags("--maxtrain_steps=1"))
 
 
 @pytest.mark.parametrize(("places", "said"), [("3", "layers are 0 to 2"), ("0,1,2", "all of the model's layers"),

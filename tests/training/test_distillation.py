@@ -21,7 +21,7 @@ import train
 from dataset import EncodedData, pad
 from pretrained.loading import TransformerEmbedding, load_pretrained
 from sentence_classifier.errors import InputError
-from text.lines import Labels
+from sentence_classifier.labels import Labels
 from training import distillation
 from training.distillation import (
     DistillationTrainer,
@@ -166,7 +166,7 @@ def test_a_teacher_that_has_answered_can_still_learn(trained: Place, monkeypatch
     monkeypatch.setattr(Teacher, "to", lambda teacher, device: teacher._apply(torch.clone))
     teacher, data = load(trained), EncodedData(trained.data / "train.txt.ids")
     answer(teacher, data, False, 7, torch.device("cpu"))
-    batch = data.__getitems__([0, 1])
+    batch = data.batch([0, 1])
     teacher(batch.input_ids, batch.attention_mask).sum().backward()
     assert any(parameter.grad is not None for parameter in teacher.parameters())
 
@@ -257,7 +257,7 @@ def test_batches_bring_the_answers_of_their_sentences(trained: Place) -> None:
     trainer = make_trainer(trained)
     assert isinstance(trainer.train_data, TaughtData)
     logits = trainer.train_data.logits
-    batch = trainer.train_data.__getitems__([4, 0, 9])
+    batch = trainer.train_data.batch([4, 0, 9])
     assert torch.equal(batch.teacher_logits, torch.from_numpy(logits[[4, 0, 9]]))
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.teacher_logits, batch.teacher_logits) and torch.equal(moved.targets, batch.targets)

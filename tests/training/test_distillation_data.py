@@ -24,9 +24,10 @@ import train
 from dataset import EncodedData
 from model import load_classifier
 from sentence_classifier.errors import InputError
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import MASK, TokenizerInfo, WordTokenizer
 from text import labels as labelling
-from text.labels import column_order, find_logits_info, write_logits_info
-from text.lines import MASK, NO_LABEL, LabelParser, Labels, WordTokenizer
+from text.labels import NO_LABEL, LabelParser, column_order, find_logits_info, read_labels, write_logits_info
 from training.distillation import Teacher, answer, labelled_by
 from util import load_checkpoint, save_checkpoint
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dataset import EncodedData
 from sentence_classifier.errors import InputError
-from text.lines import WordTokenizer
+from sentence_classifier.tokenizers import TokenizerInfo, WordTokenizer
 from training.meta_pseudo_labels import LabelledText, UnlabelledText, log_probability_slopes, meta_loss, read_text
 
 SENTENCES, LABELS, FEATURES = 3, 2, 4
@@ -169,14 +169,14 @@ def test_student_and_teacher_read_the_same_sentences(encoded: Place) -> None:
         if sentences is None:
             sentences = [line.split("\t")[0] for line in (encoded.data / "train.txt").read_text().splitlines()]
             places = [3, 45, 0]
-        batch = text.__getitems__(places)
+        batch = text.batch(places)
         assert batch.teacher is not None and len(batch) == len(places)
         for row, (place, part, encoder) in enumerate(itertools.chain(
                 ((place, batch, own) for place in places), ((place, batch.teacher, other) for place in places))):
             kept = part.input_ids[row % len(places)][part.attention_mask[row % len(places)]]
             assert kept.tolist() == encoder(sentences[place])
     train = EncodedData(encoded.data / "train.txt.ids")
-    batch = LabelledText(train.path, None).__getitems__([5, 6])
+    batch = LabelledText(train.path, None).batch([5, 6])
     assert batch.teacher is not None and torch.equal(batch.teacher.input_ids, batch.input_ids)
     moved = batch.to(torch.device("cpu"))
     assert moved.teacher is not None and moved.targets is not None and moved.targets.tolist() == [1, 2]

@@ -59,7 +59,7 @@ def close(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 def batch_of(made: Trainer, *places: int) -> Any:
-    return made.train_data.__getitems__(list(places))
+    return made.train_data.batch(list(places))
 
 
 @pytest.mark.parametrize(("one", "other"), [
@@ -72,7 +72,7 @@ def test_how_a_step_is_cut_does_not_matter(encoded: Place, one: list[list[int]],
     for cut in (one, other):
         made = make_trainer(encoded)
         for _ in range(3):
-            made._train_step([batch_of(made, *places) for places in cut], sum(map(len, cut)))
+            made.train_step([batch_of(made, *places) for places in cut], sum(map(len, cut)))
         ends.append(parameters(made))
     close(*ends)
 
@@ -106,7 +106,7 @@ def test_step_equals_plain_torch(encoded: Place) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(4):
         batch = batch_of(made, step, step + 5, step + 9)
-        made._train_step([batch], len(batch))
+        made.train_step([batch], len(batch))
         optimizer.param_groups[0]["lr"] = 0.01 * cosine_with_warmup(step, 0, made.total_steps)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(batch.input_ids, batch.attention_mask), batch.targets).backward()
@@ -125,7 +125,7 @@ def test_clipping(encoded: Place, limit: float, monkeypatch: pytest.MonkeyPatch)
         norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
 
     monkeypatch.setattr(made.optimizer, "step", look)
-    made._train_step([batch_of(made, 0, 1, 2)], 3)
+    made.train_step([batch_of(made, 0, 1, 2)], 3)
     assert norms[0] == pytest.approx(limit, rel=1e-3) if limit else norms[0] > 0.1
 
 
@@ -138,8 +138,8 @@ def test_which_warmup_wins(encoded: Place, flags: list[str], warmup: int) -> Non
     assert made.total_steps == 24 and made._warmup_steps() == warmup
 
 
-def test_max_train_steps(encoded: Place) -> None:
-    made = make_trainer(encoded, "--epoch=4", "--max_train_steps=8")
+def test_maxtrain_steps(encoded: Place) -> None:
+    made = make_trainer(encoded, "--epoch=4", "--maxtrain_steps=8")
     while not made.finished:
         made.train_epoch(tqdm(disable=True))
     assert made.step == made.total_steps == 8
