@@ -22,11 +22,11 @@ TIMEOUT = 30.0  # seconds without a byte
 def fetch(url: str, path: Path, checksum: str | None = None, force: bool = False) -> None:
     """Download `url` to `path`, or leave alone what is there already.
 
-    A transfer that breaks off leaves `path.part`, and the next call resumes it. A file that changed on the server in
-    between has another checksum. Without one, the caller has to check what came.
+    The name appears when all bytes have come and the checksum is right. A transfer that breaks off leaves `path.part`,
+    and the next call resumes it. Without a checksum, the caller must check what came: the server may have another
+    version by then.
 
     Args:
-        path: the final name, which appears when all bytes have come and the checksum is right.
         checksum: SHA-256 in hexadecimal.
         force: replace a file at `path` that has another checksum, or that cannot be checked.
 
@@ -84,5 +84,6 @@ def receive(url: str, part: Path) -> None:
             shutil.copyfileobj(source, file, 1 << 18)
             file.flush()
             os.fsync(file.fileno())
-    if size not in (None, received := part.stat().st_size):
+    received = part.stat().st_size
+    if size is not None and received != size:
         raise OSError(f"{received:,} of {size:,} bytes came")
