@@ -16,9 +16,7 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what is imported below lies beside the stages
-
-from download import say
+import root  # noqa: F401 (puts the folder above on the path)
 
 from cli.flags import Parser, natural_int
 from sentence_classifier.errors import InputError, fail_cleanly
@@ -43,13 +41,14 @@ def split(lines: list[str], seed: int) -> dict[str, list[str]]:
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--data_path", required=True, help="the file to split, or - for standard input")
+    parser.add_argument("--data_path", required=True, help="The file to split, or - for standard input.")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--base_path", help="write BASE.train, BASE.valid and BASE.test")
-    where.add_argument("--output_dir", type=Path, help="write train.txt, valid.txt and test.txt of this folder")
-    parser.add_argument("--seed", type=natural_int, default=42, help="decides the split (default: %(default)s)")
-    parser.add_argument("--skip_bad_lines", action="store_true", help="leave unusable lines out and count them")
-    parser.add_argument("--force", action="store_true", help="replace outputs that are there already")
+    where.add_argument("--base_path", help="Write BASE.train, BASE.valid and BASE.test.")
+    where.add_argument("--output_dir", type=Path, help="Write train.txt, valid.txt and test.txt into this folder.")
+    parser.add_argument("--seed", type=natural_int, default=42,
+                        help="Another seed gives another split (default: %(default)s).")
+    parser.add_argument("--skip_bad_lines", action="store_true", help="Leave unusable lines out and count them.")
+    parser.add_argument("--force", action="store_true", help="Replace outputs that are there already.")
     return parser.parse_args(argv)
 
 
@@ -72,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:  # the files get their final names after all have been written
         for name, path in paths.items():
             stack.enter_context(atomic_write(path)).writelines(parts[name])
-    say("; ".join(f"{path}: {len(parts[name]):,} lines" for name, path in paths.items())
-        + (f"; {examples.skipped:,} bad lines left out" if examples.skipped else ""))
+    print("; ".join(f"{path}: {len(parts[name]):,} lines" for name, path in paths.items())
+          + (f"; {examples.skipped:,} bad lines left out" if examples.skipped else ""), file=sys.stderr)
 
 
 if __name__ == "__main__":
