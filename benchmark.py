@@ -113,9 +113,9 @@ def measure_speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Training: bucketed batches and reduced precision against fp32 padded to n_ctx; a large table against a small."""
     import torch
 
+    from cli.devices import choose_device, choose_precision
     from dataset import EncodedData, load_table
     from model import WordEmbedding, build_model, word_dropout_probabilities
-    from util import choose_device, choose_precision
 
     sizes: Sizes = args.sizes
     source, vectors, notes = available(args)

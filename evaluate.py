@@ -178,8 +178,9 @@ def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
     """
     import torch
 
+    from cli.devices import choose_device
     from model import load_classifier
-    from util import choose_device, load_checkpoint
+    from util import load_checkpoint
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)

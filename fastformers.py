@@ -246,13 +246,14 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
 
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
+    from cli.devices import choose_device
     from compression import pruning
     from dataset import check_same_data
     from model import load_classifier
     from pretrained.loading import check_output_folder
     from training.losses import evaluate
     from training.run import load_data
-    from util import choose_device, load_checkpoint, write_json
+    from util import load_checkpoint, write_json
 
     checkpoint = load_checkpoint(args.model_path)
     if checkpoint.run.encoding.kind != SUBWORDS:

@@ -102,12 +102,13 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         taught: a teacher answers during training.
         notes: what the results say beside the history.
     """
+    from cli.devices import choose_device, choose_precision, use_device
     from pretrained.loading import add_lora, check_output_folder
     from training.distributed import described, ending_together, make_accelerator
     from training.run import Run, describe, load_data, log_recipe, new_model, publish, restore
     from training.speedups import speed_up_training
     from training.trainer import Trainer, find_state
-    from util import choose_device, choose_precision, exclusive, load_checkpoint, set_seed, use_device, write_json
+    from util import exclusive, load_checkpoint, set_seed, write_json
 
     # device
     device = choose_device(args.device)
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace, config: dict[str, Any],
             trainer = make_trainer(begun) if make_trainer else Trainer(begun, on_epoch)
             logger.info("[run %s] %s on %s, precision %s, %d sentences, %d steps%s", trainer.info.run_id, args.config,
                         device, precision, len(train), trainer.total_steps, described(accelerator))
-            log_recipe(args, precision, device)
+            log_recipe(args, train.encoding.kind, precision)
             try:
                 best = trainer.fit()
                 # results

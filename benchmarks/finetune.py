@@ -36,8 +36,8 @@ MATRIX_SIZE = 2048  # of the square matrices by which the processor's rate is to
 
 def measure_finetuning(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second of --bert_model_name_or_path on --data_dir, each side in turn."""
+    from cli.devices import choose_device, choose_precision
     from dataset import EncodedData
-    from util import choose_device, choose_precision
 
     sizes: Sizes = args.sizes
     name = args.bert_model_name_or_path
@@ -79,9 +79,10 @@ def alone(measure: Callable[..., Any], *args: Any) -> Any:
 def our_rate(name: str, flags: dict[str, Any], config: dict[str, Any], path: Path, precision: str, sizes: Sizes,
              profiler: Any = None) -> float:
     """Sentences a second as train.py trains."""
+    from cli.devices import choose_device
     from dataset import EncodedData
     from training.speedups import speed_up_training
-    from util import choose_device, keep_freed_memory
+    from util import keep_freed_memory
 
     keep_freed_memory()
 

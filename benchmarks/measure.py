@@ -146,10 +146,11 @@ def training_rate(make_model: Callable[[], Any], flags: dict[str, Any], path: Pa
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    from cli.devices import choose_device
     from dataset import Batch, EncodedData
     from training.run import Run
     from training.trainer import Trainer
-    from util import choose_device, set_seed
+    from util import set_seed
 
     class PaddedData(EncodedData):
         def batch(self, indices: Any) -> Batch:

@@ -12,7 +12,6 @@ from typing import Any
 
 from cli.flags import (
     Parser,
-    add_bert_flag,
     add_config_flag,
     add_data_dir_flag,
     add_device_flag,
@@ -128,6 +127,8 @@ TABLE = (
     TrainingFlag("resume", FILES, "Go on with the run whose state is SAVE_PATH.state.", action="store_true"),
     TrainingFlag("keep_checkpoints", FILES, "Keep the N models before the best one, as SAVE_PATH.1 (the newest) to "
                  "SAVE_PATH.N.", natural_int, 0, metavar="N"),
+    TrainingFlag("bert_output_dir", FILES, "The folder for the fine-tuned transformer and its tokenizer.",
+                 default="bert-checkpoint"),
     TrainingFlag("log_dir", FILES, "The folder of TensorBoard's curves.", default="runs"),
     TrainingFlag("log_path", FILES, "The training log.", default="train.log"),
 
@@ -186,8 +187,8 @@ TABLE = (
     TrainingFlag("ema_decay", LOSS, "Evaluate and save an exponential moving average of the weights with this decay; "
                  "0: the weights themselves.", number(0, 1, below=True), 0.0, in_config=True, decisive=True),
 
-    TrainingFlag("bert_output_dir", TRANSFORMERS, "The folder for the fine-tuned transformer and its tokenizer.",
-                 default="bert-checkpoint"),
+    TrainingFlag("bert_model_name_or_path", TRANSFORMERS, "The pretrained transformer: a folder or a hub name.",
+                 default="bert-base-uncased", decisive=True),
     TrainingFlag("bert_use_feature_based", TRANSFORMERS, "Freeze the transformer.", action="store_true",
                  decisive=True),
     TrainingFlag("bert_remove_layers", TRANSFORMERS, "Leave out these layers, counted from 0.", number_list,
@@ -226,7 +227,7 @@ OOV_SCALE = TrainingFlag("oov_scale", FILES, "The size of the random vectors of 
                          "being that of the file's vectors: below it, what training hardly reaches hardly matters.",
                          number(), 1.0, in_config=True)
 # The precision is what --mixed_precision comes to on the machine.
-DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision", "bert_model_name_or_path")
+DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision")
 SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}
 
 
@@ -239,8 +240,6 @@ def add_training_flags(parser: Parser) -> None:
             if flag.group is FILES:
                 add_config_flag(group, "configs/config-glove-cnn.json")
                 add_data_dir_flag(group)
-            elif flag.group is TRANSFORMERS:
-                add_bert_flag(group)
             elif flag.group is MACHINE:
                 add_device_flag(group)
         flag.add_to(groups[flag.group])

@@ -16,8 +16,9 @@ import torch
 from helpers import ROOT
 
 import util
+from cli.devices import choose_device, choose_precision
 from sentence_classifier.errors import InputError
-from util import choose_device, choose_precision, load_checkpoint, peek_identity, save_checkpoint, versions
+from util import load_checkpoint, peek_identity, save_checkpoint, versions
 
 
 class Malicious:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from cli.training_flags import SEARCHABLE, check_loss_flags
@@ -22,7 +21,7 @@ from dataset import EncodedData
 from model import EMBEDDINGS, Classifier, TransformerEmbedding, build_model, load_classifier
 from pretrained.loading import load_tokenizer, save_pretrained
 from sentence_classifier.errors import InputError
-from sentence_classifier.tokenizers import VOCABULARY_FILES, WORDS
+from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
 from text.labels import NO_LABEL, read_labels
 from training.losses import fit_decoder
 from util import Checkpoint, RunInfo, git_revision, load_checkpoint, new_run_id, open_input, versions
@@ -113,14 +112,21 @@ def describe(args: argparse.Namespace, config: dict[str, Any], train: EncodedDat
                    date=time.strftime("%Y-%m-%d %H:%M:%S"), command=args.command)
 
 
-def log_recipe(args: argparse.Namespace, precision: str, device: torch.device) -> None:
-    """Say once how the run trains, and who said so: a flag, the config or nobody."""
+def log_recipe(args: argparse.Namespace, kind: str, precision: str) -> None:
+    """Say once how the run trains, and who said so: a flag, the config or nobody. What is off is left out.
+
+    Args:
+        kind: of encoded data.
+        precision: what --mixed_precision came to.
+    """
     said: dict[str, list[str]] = {"flag": [], "config": [], "default": []}
-    for name in SEARCHABLE:
-        said[args.sources[name]].append(f"{name} {getattr(args, name)}")
-    said[args.sources["mixed_precision"]].append(f"precision {precision} on {device}")
-    logger.info("[recipe] %s", "; ".join(f"by {source}: {', '.join(values)}" for source, values in said.items()
-                                         if values))
+    for name, flag in SEARCHABLE.items():
+        value, source = getattr(args, name), args.sources[name]
+        applies = name != "bert_model_name_or_path" or kind == SUBWORDS
+        if applies and (source != "default" or value not in (None, False, 0, "none")):
+            said[source].append(f"{name}={value}")
+    said[args.sources["mixed_precision"]].append(f"precision={precision}")
+    logger.info("[recipe] %s", "; ".join(f"{source}: {', '.join(values)}" for source, values in said.items() if values))
 
 
 def restore(model: Classifier, checkpoint: Checkpoint, info: RunInfo, path: str) -> None:

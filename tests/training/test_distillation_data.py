@@ -25,7 +25,7 @@ from dataset import EncodedData
 from model import load_classifier
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
-from sentence_classifier.tokenizers import MASK, TokenizerInfo, WordTokenizer
+from sentence_classifier.tokenizers import MASK, WordTokenizer
 from text import labels as labelling
 from text.labels import NO_LABEL, LabelParser, column_order, find_logits_info, read_labels, write_logits_info
 from training.distillation import Teacher, answer, labelled_by

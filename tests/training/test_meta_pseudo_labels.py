@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dataset import EncodedData
 from sentence_classifier.errors import InputError
-from sentence_classifier.tokenizers import TokenizerInfo, WordTokenizer
+from sentence_classifier.tokenizers import WordTokenizer
 from training.meta_pseudo_labels import LabelledText, UnlabelledText, log_probability_slopes, meta_loss, read_text
 
 SENTENCES, LABELS, FEATURES = 3, 2, 4
