@@ -169,6 +169,7 @@ def load_teacher(args: argparse.Namespace) -> Checkpoint:
 def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Train a student on what a teacher answers."""
     from training.distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
+    from training.run import load_data
 
     others = {name: read_curve(name) for name in args.compare_with}
     checkpoint = load_teacher(args)
@@ -187,7 +188,8 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
         trainer.notes = notes
         return trainer
 
-    run(args, config, make_model=make_model, make_trainer=make_trainer, taught=True)
+    run(args, config, data=load_data(args, config, encoded_kind(config), taught=True), make_model=make_model,
+        make_trainer=make_trainer, whole_table=bool(args.mpl_data_path))
     draw_curves({args.save_path: read_curve(f"{args.save_path}.train.json"), **others}, f"{args.save_path}.curves.png")
 
 
@@ -246,7 +248,7 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
 
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
-    from cli.devices import choose_device
+    from cli.devices import choose_device, use_device
     from compression import pruning
     from dataset import check_same_data
     from model import load_classifier
@@ -261,6 +263,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
                          "transformers.")
     check_same_config(config, args.config, checkpoint.run.config, args.model_path)
     device = choose_device(args.device)
+    use_device(device)
     train, valid = load_data(args, config, SUBWORDS)
     check_same_data(train, checkpoint.run, args.model_path)
     model = load_classifier(checkpoint, []).to(device)
@@ -281,7 +284,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     pruning.prune(transformer, importance, args.target_num_heads, args.target_ffn_dim)
     figures["pruned"] = measure(model, evaluate(model, valid, args.eval_batch_size, device))
     notes = {"pruned_run_id": checkpoint.run.run_id, **figures}
-    best = run(rest, config, make_model=lambda *_: model.cpu(), notes=notes)
+    best = run(rest, config, data=(train, valid), make_model=lambda *_: model.cpu(), notes=notes)
     if args.recover_epoch:
         figures["recovered"] = {"loss": best["valid_loss"], "accuracy": best["valid_accuracy"],
                                 "parameters": figures["pruned"]["parameters"]}

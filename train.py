@@ -30,6 +30,7 @@ from sentence_classifier.errors import fail_cleanly
 from sentence_classifier.tokenizers import SUBWORDS
 
 if TYPE_CHECKING:  # --help loads no torch
+    from dataset import EncodedData
     from training.run import Run
     from training.trainer import Trainer
 
@@ -88,18 +89,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],
-        on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-        make_model: Callable[..., Any] | None = None,
-        make_trainer: Callable[[Run], Trainer] | None = None, taught: bool = False,
+        on_epoch: Callable[[int, dict[str, float]], None] | None = None, *,
+        data: tuple[EncodedData, EncodedData] | None = None, make_model: Callable[..., Any] | None = None,
+        make_trainer: Callable[[Run], Trainer] | None = None, whole_table: bool = False,
         notes: dict[str, Any] | None = None) -> dict[str, Any]:
     """One training, from the flags to the files. Returns the metrics of the model that is kept.
 
     Args:
         args, config: as get_params makes them.
         on_epoch: see Trainer.
+        data: for training and validation, where they are loaded already.
         make_model: the classifier to begin with, as new_model makes it.
         make_trainer: what trains it.
-        taught: a teacher answers during training.
+        whole_table: train a transformer's whole token table, since more text than the training data is read.
         notes: what the results say beside the history.
     """
     from cli.devices import choose_device, choose_precision, use_device
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace, config: dict[str, Any],
     use_device(device)
     precision = choose_precision(args.mixed_precision, device)
     # data
-    train, valid = load_data(args, config, encoded_kind(config), taught)
+    train, valid = data or load_data(args, config, encoded_kind(config))
     transformer = train.encoding.kind == SUBWORDS
     if transformer:
         check_output_folder(args.bert_output_dir, args.data_dir)
@@ -127,9 +129,9 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         set_seed(args.seed)
         model = make_model(args, config, train) if make_model else new_model(args, config, train, accelerator)
         if transformer:
-            # LoRA trains no token; DiffQ rounds all of them; meta pseudo labels read more text than the training data.
-            whole_table = args.lora_r or args.enable_diffq or getattr(args, "mpl_data_path", None)
-            speed_up_training(model.embedding.transformer, device, None if whole_table else train.token_ids)
+            # LoRA trains no token, and DiffQ rounds all of them.
+            every_row = args.lora_r or args.enable_diffq or whole_table
+            speed_up_training(model.embedding.transformer, device, None if every_row else train.token_ids)
         info = describe(args, config, train, valid, model, precision)
         state = find_state(args.save_path, accelerator.num_processes) if args.resume else None
         if args.restore_path and not state:

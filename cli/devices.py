@@ -36,9 +36,10 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make a device the one that accelerate and DeepSpeed take."""
+    """Make a device the one that accelerate and DeepSpeed take, and let fp32 be fp32 on it."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 would be computed with 10 bits of mantissa
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     if device.type == "cpu":
