@@ -38,8 +38,10 @@ from hypothesis import strategies as st
 import preprocess
 from dataset import EncodedData
 from preprocess import build_vocabulary
+from sentence_classifier.labels import Labels
+from sentence_classifier.tokenizers import WordTokenizer
 from text import lines as text
-from text.lines import Labels, WordTokenizer, looks_like_logits
+from text.labels import looks_like_logits, read_labels, write_labels
 from text.workers import Workers
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
@@ -89,14 +91,14 @@ def test_same_input_same_bytes(raw: Place, encoded_once: Place, tmp_path: Path) 
 def test_table_holds_the_files_rows(encoded: Place) -> None:
     words = (encoded.data / "vocab.txt").read_text(encoding="utf-8").splitlines()
     table = np.load(encoded.data / "embedding.npy")
-    facts = EncodedData(encoded.data / "train.txt.ids").facts
+    encoding = EncodedData(encoded.data / "train.txt.ids").encoding
     file = {line.rsplit(" ", DIM)[0].lower(): np.array(line.rsplit(" ", DIM)[1:], np.float32)
             for line in encoded.vectors.read_text(encoding="utf-8").splitlines()}
     assert len(words) == len(table) == len(set(words))
     training = {word for sentence, _ in make_lines(46, 0) for word in sentence.lower().split()}
-    assert set(words[2 : facts["own_rows"]]) == training - set(file)
-    assert set(words[facts["own_rows"] : facts["seen_rows"]]) == training & set(file)
-    assert words[facts["seen_rows"] :] == [word for word in map(str.lower, COVERED) if word not in training]
+    assert set(words[2 : encoding.own_rows]) == training - set(file)
+    assert set(words[encoding.own_rows : encoding.seen_rows]) == training & set(file)
+    assert words[encoding.seen_rows :] == [word for word in map(str.lower, COVERED) if word not in training]
     for word, row in zip(words, table, strict=True):
         if word in file:
             np.testing.assert_array_equal(row, file[word])
@@ -105,9 +107,9 @@ def test_table_holds_the_files_rows(encoded: Place) -> None:
 
 def test_vectors_learned_from_scratch(raw: Place) -> None:
     preprocess.main([*raw.preprocess_flags(), "--embedding_path=none"])
-    facts = EncodedData(raw.data / "train.txt.ids").facts
+    encoding = EncodedData(raw.data / "train.txt.ids").encoding
     table = np.load(raw.data / "embedding.npy")
-    assert facts["own_rows"] == facts["seen_rows"] == len(table) and table.shape[1] == DIM
+    assert encoding.own_rows == encoding.seen_rows == len(table) and table.shape[1] == DIM
 
 
 def test_long_sentences_are_cut_and_counted(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
@@ -254,8 +256,8 @@ def test_skipped_lines_are_counted(arena: Place, bad: list[bytes], name: str) ->
         assert refusal(preprocess.main, *arena.preprocess_flags()).startswith(f"{arena.data / name}:1: ")
         preprocess.main(arena.preprocess_flags("--skip_bad_lines"))
         check_decoded(arena.data, name, examples)
-        facts = EncodedData(arena.data / f"{name}.ids").facts
-        assert (facts["skipped"], facts["sentences"]) == (len(bad), 8)
+        encoding = EncodedData(arena.data / f"{name}.ids").encoding
+        assert (encoding.skipped, encoding.sentences) == (len(bad), 8)
     finally:
         restore(arena.data, before)
 
@@ -367,7 +369,7 @@ def test_damaged_configs(arena: Place, content: bytes) -> None:
         else:
             config = json.loads(content)
             assert config.keys() <= {*make_config(config["enc_class"]), "tokenizer"}
-            assert EncodedData(arena.data / "train.txt.ids").facts["n_ctx"] == config["n_ctx"]
+            assert EncodedData(arena.data / "train.txt.ids").encoding.n_ctx == config["n_ctx"]
     finally:
         restore(arena.data, before)
 
@@ -438,7 +440,7 @@ def test_logits_as_labels(raw: Place) -> None:
     lines = logit_lines(20)
     write_lines(raw.data / "train.txt", lines)
     assert "label.txt" in refused_without_a_trace(raw)
-    Labels(tuple(INTENTS)).write(raw.data / "label.txt")
+    write_labels(Labels(tuple(INTENTS)), raw.data / "label.txt")
     preprocess.main(raw.preprocess_flags())
     found = [target for _, target in decoded(raw.data, "train.txt")]
     expected = [[float(part) for part in label.split()] for _, label in lines]
@@ -484,7 +486,7 @@ def test_augmented(encoded: Place) -> None:
 
 def test_augmented_needs_the_labels_of_train(encoded: Place) -> None:
     write_lines(encoded.data / "augmented.raw", logit_lines(9))
-    Labels(tuple(reversed(INTENTS))).write(encoded.data / "label.txt")
+    write_labels(Labels(tuple(reversed(INTENTS))), encoded.data / "label.txt")
     assert "label.txt" in refused_without_a_trace(encoded, "--augmented")
     (encoded.data / "label.txt").unlink()
     assert "label.txt: no such file" in refused_without_a_trace(encoded, "--augmented")

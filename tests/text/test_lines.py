@@ -1,4 +1,4 @@
-"""Lines, labels and tokenizers."""
+"""Lines of text files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 
 from sentence_classifier.errors import InputError
 from text import lines as text
-from text.lines import LabelParser, Labels, WordTokenizer, looks_like_logits, word_tokenizer
-
-# ------------------------------------------------------------------------------------------------------------- TSV
-
+from text.lines import TsvReader
 
 def read(path: Path, **options: bool) -> list[tuple[int, str, str]]:
     return [(line.line, line.sentence, line.label) for line in TsvReader(path, **options)]
@@ -104,87 +101,3 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_that_cannot_be_read(name: str) -> None:
     with pytest.raises(InputError, match=name):
         list(TsvReader(name))
-
-
-# ---------------------------------------------------------------------------------------------------------- labels
-
-
-def test_labels_round_trip(tmp_path: Path) -> None:
-    labels = Labels(("b", "a c", "é", "x\u2028y"))
-    labels.write(tmp_path / "label.txt")
-    assert read_labels(tmp_path / "label.txt") == labels
-    assert labels.index() == {"b": 0, "a c": 1, "é": 2, "x\u2028y": 3} and len(labels) == 4
-
-
-def test_labels_written_by_hand(tmp_path: Path) -> None:
-    (tmp_path / "label.txt").write_bytes(b"\xef\xbb\xbfyes\r\nno")
-    assert read_labels(tmp_path / "label.txt").names == ("yes", "no")
-
-
-@pytest.mark.parametrize("content", [b"", b"a\n\nb\n", b"a\na\n", b"\xff\n", b"a\n\n"])
-def test_damaged_labels(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "label.txt").write_bytes(content)
-    with pytest.raises(InputError, match=r"label\.txt: .*preprocess"):
-        read_labels(tmp_path / "label.txt")
-
-
-@pytest.mark.parametrize(("label", "expected"), [
-    ("1 2", True), ("-1.5e3\t.5", True), ("nan inf", True), ("1", False), ("", False), ("1 b", False), ("a b", False)])
-def test_looks_like_logits(label: str, expected: bool) -> None:
-    assert looks_like_logits(label) is expected
-
-
-def test_label_parser_class_ids() -> None:
-    parser = LabelParser(Labels(("a", "b c")))
-    assert [parser("b c"), parser("a")] == [1, 0] and parser.logits is False
-    for wrong in ("d", "1 2"):
-        with pytest.raises(ValueError, match="unknown label"):
-            parser(wrong)
-
-
-@pytest.mark.parametrize(("label", "says"), [
-    ("1 2", "2 logits where label.txt names 3"), ("1 2 3 4", "4 logits"), ("1 nan 2", "not finite"),
-    ("1 inf 2", "not finite"), ("1 -3.5e38 2", "not finite"), ("a", "not a row of logits"), ("1 2 x", "not a row")])
-def test_label_parser_logits(label: str, says: str) -> None:
-    parser = LabelParser(Labels(("a", "b", "c")))
-    assert parser("1 -2.5 3e2") == [1.0, -2.5, 300.0] and parser.logits is True
-    with pytest.raises(ValueError, match=says):
-        parser(label)
-
-
-def test_a_bad_first_label_does_not_decide_the_kind() -> None:
-    parser = LabelParser(Labels(("a", "b")))
-    for wrong in ("1 2 3", "c"):
-        with pytest.raises(ValueError, match="."):
-            parser(wrong)
-    assert parser("a") == 0
-
-
-# ------------------------------------------------------------------------------------------------------ tokenizers
-
-
-@pytest.mark.parametrize(("name", "lowercase", "sentence", "expected"), [
-    ("whitespace", True, "Play  JAZZ!\u00a0now", ["play", "jazz!", "now"]),
-    ("whitespace", False, "Play JAZZ!", ["Play", "JAZZ!"]),
-    ("punctuation", True, "Play jazz!", ["play", "jazz", "!"]),
-    ("punctuation", True, "it's 3.5 l’été ...", ["it's", "3", ".", "5", "l’été", ".", ".", "."]),
-    ("punctuation", False, "東京 _x_ 😀", ["東京", "_x_", "😀"]),
-])
-def test_word_tokenizers(name: str, lowercase: bool, sentence: str, expected: list[str]) -> None:
-    assert word_tokenizer(name, lowercase)(sentence) == expected
-
-
-@pytest.mark.parametrize("name", ["whitespace", "punctuation"])
-@settings(max_examples=300)
-@given(sentence=st.text(max_size=20).filter(lambda s: s.strip()))
-def test_no_sentence_loses_all_its_words(name: str, sentence: str) -> None:
-    found = word_tokenizer(name, True)(sentence)
-    assert found and not any(set(word) & set(" \n\t") for word in found)
-    assert "".join(found) == "".join(sentence.lower().split())
-
-
-def test_word_tokenizer_of_a_checkpoint() -> None:
-    facts = {"tokenizer": "whitespace", "lowercase": True, "n_ctx": 4}
-    tokenize = WordTokenizer("<pad>\n<unk>\nplay\nnew york\n", facts)
-    assert tokenize("<pad> PLAY <unk> new play play") == [1, 2, 1, 1]
-    assert WordTokenizer("<pad>\n<unk>\nplay\n<pad>\n", facts)("<pad>") == [3]  # a word of the training text
