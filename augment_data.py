@@ -222,7 +222,7 @@ def tag_all(args: argparse.Namespace, analyzer: str | None, workers: int, file: 
     counts: Counter[tuple[str, str]] = Counter()
     sentences = 0
     for rows, some in spread(partial(Tagger, analyzer, args.lower, label),
-                             chunks(progress(args.input, lines), SENTENCES), workers):
+                             chunks(progress(lines), SENTENCES), workers):
         for row in rows:
             if not row.sentence:
                 raise InputError(f"{args.input}:{row.line}: --analyzer={analyzer} finds no word in the sentence; "

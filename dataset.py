@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
-from text.arrays import ENCODED_FORMAT, fingerprint, open_arrays
+from text.arrays import ENCODED_FORMAT, has_fingerprint, open_arrays
 from text.labels import UNKNOWN_LABEL
 from util import EncodingInfo, RunInfo, sha256
 
@@ -248,6 +248,6 @@ def load_table(path: str | Path, expected: str) -> Tensor:
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path}: not a whole table of vectors ({error}); run preprocess.py again.") from None
     if (not isinstance(table, np.ndarray) or table.dtype != np.float32 or table.ndim != 2
-            or fingerprint(table) != expected):
+            or not has_fingerprint(table, expected)):
         raise InputError(f"{path}: not the vectors that the data were encoded with; run preprocess.py again.")
     return torch.from_numpy(table)

@@ -405,7 +405,7 @@ def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndar
                   parse_label=label_parser(data.source, labels, data.encoding.dummy_label))
     begin = 0
     with atomic_write(target) as file:
-        for examples in chunks(islice(progress(data.source, lines), limit or None), 8192, 1 << 22):
+        for examples in chunks(islice(progress(lines), limit or None), 8192, 1 << 22):
             lengths = data.lengths[begin : begin + len(examples)]
             order = np.argsort(-lengths, kind="stable")
             answers = np.empty((len(examples), len(labels)), dtype=np.float32)

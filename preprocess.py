@@ -20,14 +20,12 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from cli.config import encoded_kind, parse_with_config
 from cli.flags import (
@@ -44,15 +42,26 @@ from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
 from text.arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
-from text.labels import LabelParser, label_parser, looks_like_logits, read_labels, write_labels
+from text.checks import label_warnings, low_coverage, split_warnings, swapped_columns, unspaced_text
+from text.labels import (
+    NO_LABEL,
+    UNKNOWN_LABEL,
+    LabelParser,
+    TrainingLabels,
+    label_parser,
+    read_labels,
+    write_labels,
+)
 from text.lines import TsvReader, chunks
-from text.report import RECORD, DuplicateFinder, SplitReport, record
+from text.report import DuplicateFinder, SplitReport, hash_sentence
+from text.vocabulary import build_vocabulary, write_table
 from text.workers import Workers
 from util import EncodingInfo, atomic_write, sha256, sweep
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
+LABELS = "label.txt"
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -62,268 +71,40 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add_config_flag(files, "configs/config-glove-cnn.json")
     add_data_dir_flag(files)
     files.add_argument("--embedding_path", default=EMBEDDING_PATH,
-                       help="word vectors, a word and its numbers a line; none: learn them from the training data "
-                            "(default: %(default)s)")
+                       help="The file of word vectors has a word and its numbers on each line. With none, training "
+                            "learns all vectors from the data. (default: %(default)s)")
     add_bert_flag(files)
     files.add_argument("--augmented", action="store_true",
-                       help="encode --augmented_filename in place of train.txt; label.txt is read, not written")
-    files.add_argument("--augmented_filename", default="augmented.raw", help="(default: %(default)s)")
+                       help="Encode --augmented_filename in place of train.txt. label.txt is then read, not written.")
+    files.add_argument("--augmented_filename", default="augmented.raw",
+                       help="This file in --data_dir holds the augmented text. (default: %(default)s)")
     files.add_argument("--dummy_label", default="dummy",
-                       help="what stands in it in the place of labels that it lacks (default: %(default)s)")
+                       help="This word stands for a missing label in the augmented text. (default: %(default)s)")
     files.add_argument("--logits_order", metavar="FILE",
-                       help="a file of the labels, one a line, in the order of the logits in it, where no record of "
-                            "evaluate.py --augmented says it")
+                       help="The file names the labels in the order of the augmented text's logits, one a line. It is "
+                            "needed only where evaluate.py --augmented has left no record of that order. (default: "
+                            "none)")
     encoding = parser.add_argument_group("encoding")
-    encoding.add_argument("--n_ctx", type=positive_int, help="most words a sentence, over the config's")
+    encoding.add_argument("--n_ctx", type=positive_int,
+                          help="Longer sentences are cut off after so many tokens. (default: the config's n_ctx)")
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
-                          help="at most so many words: those of train.txt by frequency, then the vector file's by "
-                               "place (default: 0, all)")
+                          help="The vocabulary holds at most so many words: those of train.txt by frequency, then "
+                               "those of the vector file in its order; 0 means all. (default: %(default)s)")
     encoding.add_argument("--oov_scale", type=number(), default=1.0,
-                          help="size of the random vectors of words that the file lacks, 1.0 being that of the file's "
-                               "vectors; below it, what training hardly reaches hardly matters (default: 1.0)")
-    encoding.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+                          help="Words that the vector file lacks get random vectors of this size, where 1.0 is the "
+                               "size of the file's own; smaller ones matter less until training has changed them. "
+                               "(default: the config's oov_scale, else 1.0)")
+    encoding.add_argument("--skip_bad_lines", action="store_true",
+                          help="Pass over unusable lines and count them, in place of ending at the first.")
     encoding.add_argument("--num_workers", type=positive_int, default=1,
-                          help="processes; the files are the same whatever their number (default: 1, enough for some "
-                               "million lines)")
+                          help="So many processes work, and write the same files whatever their number; one is enough "
+                               "for some million lines. (default: %(default)s)")
     encoding.add_argument("--seed", type=natural_int, default=42,
-                          help="for the vectors of words that the file lacks (default: %(default)s)")
+                          help="The seed decides about the random vectors. (default: %(default)s)")
     args, config = parse_with_config(parser, argv)
     if args.n_ctx:
         config["n_ctx"] = args.n_ctx
     return args, config
-
-
-# ------------------------------------------------------------------------------------------------ the training text
-
-
-class TrainingLabels:
-    """Collects the labels of train.txt; where the first of them is a teacher's logits, follows label.txt instead.
-
-    Args:
-        path: the text, for messages.
-        label_path: label.txt.
-
-    Attributes:
-        names: the labels as keys, in order of first appearance.
-        follow: the parser of logits, None where labels are collected.
-    """
-
-    def __init__(self, path: Path, label_path: Path) -> None:
-        self.path = path
-        self.label_path = label_path
-        self.names: dict[str, int] = {}
-        self.follow: LabelParser | None = None
-
-    def __call__(self, label: str) -> None:
-        """Take in a label. ValueError: it is of another kind than the file's first one."""
-        logits = looks_like_logits(label)
-        if logits and not self.names and self.follow is None:
-            if not self.label_path.exists():
-                raise InputError(f"{self.path}: the label {label!r} reads as a teacher's logits, and the label map "
-                                 f"that they follow is missing; put the class names into {self.label_path}, one a "
-                                 "line.")
-            self.follow = label_parser(self.path, read_labels(self.label_path))
-        if self.follow is not None:
-            self.follow(label)
-        elif logits:
-            raise ValueError(f"the label {label!r} reads as a teacher's logits, and the file's first one does not.")
-        else:
-            self.names.setdefault(label, len(self.names))
-
-
-def count_words(path: Path, tokenizer: tuple[str, bool] | None, skip_bad_lines: bool, label_path: Path,
-                workers: Workers) -> tuple[Counter[str], Labels]:
-    """Count the words of train.txt and collect its labels in order of first appearance.
-
-    Args:
-        tokenizer: see text.word_tokenizer; None counts no words.
-        label_path: label.txt, read where train.txt holds a teacher's logits.
-    """
-    words: Counter[str] = Counter()
-    names: dict[str, int] = {}
-    parser = TrainingLabels(path, label_path)
-    lines = TsvReader(path, skip_bad_lines, parse_label=parser)
-    next(iter(lines))  # the first usable line decides what labels are
-    for counts, labels in workers.map(partial(count_block, lines, tokenizer), progress(lines)):
-        words.update(counts)
-        for name in labels:
-            names.setdefault(name, len(names))
-    if parser.follow is not None:
-        return words, read_labels(label_path)
-    if len(names) < 2:
-        raise InputError(f"{path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
-    return words, Labels(tuple(names))
-
-
-def count_block(lines: TsvReader, tokenizer: tuple[str, bool] | None,
-                block: tuple[int, bytes]) -> tuple[Counter[str], list[str]]:
-    """The words of a part of train.txt, and its labels in order of first appearance."""
-    first, raw = block
-    words: Counter[str] = Counter()
-    split = word_tokenizer(*tokenizer) if tokenizer else None
-    for example in lines.parse(io.BytesIO(raw), first):
-        if split is not None:
-            words.update(split(example.sentence))
-    assert isinstance(lines.parse_label, TrainingLabels)
-    return words, list(lines.parse_label.names)
-
-
-def progress(lines: TsvReader) -> Iterator[tuple[int, bytes]]:
-    """The blocks of a file, with a bar that knows the file's size."""
-    path = Path(lines.path)
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        for block in lines.blocks():
-            yield block
-            bar.update(len(block[1]))
-
-
-# -------------------------------------------------------------------------------------------------- the vocabulary
-
-
-def build_vocabulary(counts: Counter[str], file_words: list[str], lowercase: bool, max_vocab: int,
-                     specials: list[str]) -> tuple[list[str], np.ndarray, dict[str, int]]:
-    """Order the vocabulary so that the rows that training may change come first.
-
-    The order: <pad>, <unk>, words of train.txt that the vector file lacks, words of train.txt that it has (both by
-    frequency), the file's other words in its order.
-
-    Returns:
-        The words; for each its row in the file, or -1; and how many words come before each border:
-        {"own": those without a row in the file, "seen": those of train.txt}, specials counted in.
-    """
-    rows: dict[str, int] = {}
-    for row, word in enumerate(file_words):
-        rows.setdefault(word, row)
-    if lowercase:  # a cased file's "Paris" serves for "paris" where the file has no "paris"
-        for word, row in list(rows.items()):
-            folded = word.lower()
-            if folded != word:
-                del rows[word]
-                rows.setdefault(folded, row)
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    if max_vocab:
-        ranked = ranked[:max_vocab]
-    own = [word for word in ranked if word not in rows]
-    covered = [word for word in ranked if word in rows]
-    seen = set(covered)
-    others = [word for word in sorted(rows, key=rows.__getitem__) if word not in seen and word not in specials]
-    if max_vocab:
-        others = others[: max_vocab - len(ranked)]
-    words = specials + own + covered + others
-    file_rows = np.array([-1] * (len(specials) + len(own)) + [rows[word] for word in covered + others])
-    return words, file_rows, {"own": len(specials) + len(own), "seen": len(specials) + len(ranked)}
-
-
-def write_table(path: Path, table: np.ndarray | None, file_rows: np.ndarray, dim: int, oov_scale: float,
-                seed: int) -> None:
-    """Write embedding.npy: [V, dim] float32, the file's rows and random ones for the words that it lacks.
-
-    Random rows are normal with `oov_scale` times the standard deviation of the file's numbers. <pad> is zero and
-    <unk> the mean of the file's rows.
-    """
-    random = np.random.default_rng(seed)
-    scale, mean = 0.1, np.zeros(dim, dtype=np.float32)
-    if table is not None and len(table):
-        sample = np.asarray(table[: 1 << 15])
-        scale, mean = oov_scale * float(sample.std()), sample.mean(0)
-    with atomic_write(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (len(file_rows), dim)}
-        )
-        for start in range(0, len(file_rows), 1 << 14):
-            part = file_rows[start : start + (1 << 14)]
-            lacking = part < 0
-            rows = np.empty((len(part), dim), dtype=np.float32)
-            rows[lacking] = random.normal(0.0, scale, (int(lacking.sum()), dim))
-            if table is not None:
-                rows[~lacking] = table[part[~lacking]]
-            if start == 0:
-                rows[0], rows[1] = 0.0, mean
-            file.write(rows.tobytes())
-
-
-# ------------------------------------------------------------------------------------------------------- encoding
-
-
-class Part(NamedTuple):
-    """A part of an encoded file.
-
-    Attributes:
-        token_ids: [T] int32, of all sentences one after another.
-        lengths: [N] int64, how many each sentence has.
-        targets: [N] int32 class ids or [N, C] float32 logits.
-        records: [N], see corpus.record.
-        report: the figures.
-    """
-
-    token_ids: np.ndarray
-    lengths: np.ndarray
-    targets: np.ndarray
-    records: np.ndarray
-    report: SplitReport
-
-
-def encode_split(path: Path, target: Path, vocabulary: Path, parser: LabelParser, info: EncodingInfo,
-                 skip_bad_lines: bool, repeats: DuplicateFinder, workers: Workers) -> SplitReport:
-    """Encode one file to flat arrays; see dataset.py."""
-    report = SplitReport(path.name)
-    repeats.add_split(path.name)
-    lines = TsvReader(path, skip_bad_lines, parse_label=parser)
-    next(iter(lines))  # the first usable line decides what labels are
-    name, column = target_column(parser)
-    end = np.zeros(1, dtype=np.int64)
-    with ArrayWriter(target, {"token_ids": ("i4", ()), "offsets": ("i8", ()), name: column}) as writer:
-        writer.append("offsets", end)
-        for part in workers.map(partial(encode_block, lines, vocabulary, info), progress(lines)):
-            writer.append("token_ids", part.token_ids)
-            writer.append("offsets", end + np.cumsum(part.lengths))
-            writer.append(name, part.targets)
-            end += part.lengths.sum()
-            repeats.add(part.records)
-            report.add(part.report)
-        writer.metadata["format"] = ENCODED_FORMAT
-        made = replace(info, augmented=False, source_sha256=sha256(path), skip_bad_lines=skip_bad_lines,
-                       sentences=report.sentences, skipped=report.skipped)
-        writer.metadata["encoding"] = json.dumps(made.to_json())
-    return report
-
-
-def target_column(parser: LabelParser) -> tuple[str, tuple[str, tuple[int, ...]]]:
-    """The name, dtype and shape of a target: logits or class ids."""
-    return ("logits", ("f4", (len(parser.ids),))) if parser.logits else ("labels", ("i4", ()))
-
-
-def encode_block(lines: TsvReader, vocabulary: Path, info: EncodingInfo, block: tuple[int, bytes]) -> Part:
-    """Encode a part of a file."""
-    first, raw = block
-    parser = lines.parse_label
-    assert isinstance(parser, LabelParser)
-    tokenizer = load_tokenizer(vocabulary, info)
-    report = SplitReport(str(lines.path))
-    tokens, lengths, targets, records = array("i"), array("q"), [], []
-    for examples in chunks(lines.parse(io.BytesIO(raw), first)):
-        rows = tokenizer.tokenize_batch([example.sentence for example in examples])
-        for example, (row, length) in zip(examples, rows, strict=True):
-            report.lengths[length] += 1
-            report.unknown_words += row.count(tokenizer.unknown)
-            report.truncated += length > len(row)
-            tokens.extend(row)
-            lengths.append(len(row))
-            targets.append(example.label)
-            label = -1 if parser.logits else example.label
-            if label >= 0:
-                report.labels[label] += 1
-            records.append(record(example.sentence, example.line, label))
-    report.skipped = lines.skipped
-    _, (dtype, shape) = target_column(parser)
-    return Part(np.array(tokens, dtype=np.int32), np.array(lengths, dtype=np.int64),
-                np.array(targets, dtype=dtype).reshape(-1, *shape), np.array(records, dtype=RECORD), report)
-
-
-@functools.lru_cache(maxsize=1)
-def load_tokenizer(vocabulary: Path, info: EncodingInfo) -> Tokenizer:
-    """The tokenizer by a file of this run's; each process reads it once."""
-    return make_tokenizer(vocabulary.read_bytes().decode("utf-8"), info)
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -335,86 +116,173 @@ def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
     logging.basicConfig(level=logging.INFO)
     folder = Path(args.data_dir)
-    if Path(args.augmented_filename).name != args.augmented_filename:
-        raise InputError(f"--augmented_filename={args.augmented_filename}: a file's name in --data_dir is expected.")
-    names = [args.augmented_filename if args.augmented else SPLITS[0], *SPLITS[1:]]
-    for name in dict.fromkeys([SPLITS[0], *names]):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file; a data folder holds {', '.join(names)}.")
-    label_path = folder / "label.txt"
-    if args.augmented and not label_path.exists():
-        raise InputError(f"{label_path}: no such file; run preprocess.py without --augmented first.")
+    names = find_files(folder, args.augmented_filename if args.augmented else None)
     words = encoded_kind(config) == WORDS
-    tokenizer = (config["tokenizer"], config["lowercase"]) if words else None
-    with Workers(args.num_workers) as workers:
-        encode(args, config, folder, names, tokenizer, label_path, workers)
-
-
-def encode(args: argparse.Namespace, config: dict[str, Any], folder: Path, names: list[str],
-           tokenizer: tuple[str, bool] | None, label_path: Path, workers: Workers) -> None:
-    """Count, make the vocabulary, encode, report."""
-    counts, labels = count_words(folder / SPLITS[0], tokenizer, args.skip_bad_lines, label_path, workers)
-    if args.augmented and labels != read_labels(label_path):
-        raise InputError(f"{label_path}: not the labels of {folder / SPLITS[0]}; run preprocess.py without "
-                         "--augmented first.")
-
-    # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
     sweep(folder, ".preprocess-*")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made:
+    # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
+    with (Workers(args.num_workers) as workers,
+          tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made):
         stage = Path(made)
-        vocabulary, found = make_vocabulary(args, config, counts, stage) if tokenizer else read_tokenizer(args, config)
-        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=labels.names,
-                            vocab_sha256=hashlib.sha256(vocabulary.encode()).hexdigest())
-        vocabulary_path = stage / VOCABULARY_FILES[info.kind]
-        with atomic_write(vocabulary_path) as file:
-            file.write(vocabulary)
+        lines = TsvReader(folder / SPLITS[0], args.skip_bad_lines,
+                          parse_label=TrainingLabels(folder / SPLITS[0], folder / LABELS))
+        text = read_training_text(lines, (config["tokenizer"], config["lowercase"]) if words else None, workers)
         if not args.augmented:
-            write_labels(labels, stage / "label.txt")
-        repeats = DuplicateFinder(stage)
+            write_labels(text.labels, stage / LABELS)
+        elif text.labels != read_labels(folder / LABELS):
+            raise InputError(f"{folder / LABELS}: not the labels of {lines.path}; run preprocess.py without "
+                             "--augmented first.")
+
+        vocabulary, found = make_vocabulary(args, config, text, stage) if words else read_tokenizer(args, config)
+        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=text.labels.names,
+                            vocab_sha256=hashlib.sha256(vocabulary.encode()).hexdigest())
+        with atomic_write(stage / VOCABULARY_FILES[info.kind]) as file:
+            file.write(vocabulary)
+
+        duplicates = DuplicateFinder(stage)
         reports = []
         for name in names:
-            parser, own = label_parser(folder / name, labels), info
-            if args.augmented and name == args.augmented_filename:
-                parser = label_parser(folder / name, labels, args.dummy_label, args.logits_order, required=True)
+            path, own = folder / name, info
+            if name in SPLITS:
+                parser = label_parser(path, text.labels, unknown_allowed=name != SPLITS[0])
+            else:
+                parser = label_parser(path, text.labels, args.dummy_label, args.logits_order, required=True)
                 own = replace(info, augmented=True, dummy_label=args.dummy_label)
-            reports.append(encode_split(
-                folder / name, stage / f"{name}.{info.kind}", vocabulary_path, parser, own, args.skip_bad_lines,
-                repeats, workers))
-        for report in reports:
-            for line in report.lines(labels.names, config["n_ctx"]):
-                logger.info(line)
-        for line in repeats.report():
+            lines = TsvReader(path, args.skip_bad_lines, parse_label=parser)
+            reports.append(tokenize_split(lines, stage, own, duplicates, workers))
+
+        for line in [line for report in reports for line in report.lines(info.labels, info.n_ctx)]:
             logger.info(line)
+        for line in duplicates.report():
+            logger.info(line)
+        for name, report in zip(names, reports, strict=True):
+            for warning in split_warnings(folder / name, report, info.labels):
+                logger.warning(warning)
         made_files = sorted(os.listdir(stage))
         for name in made_files:
             os.replace(stage / name, folder / name)
     logger.info("[wrote to %s] %s", folder, ", ".join(made_files))
 
 
-def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], counts: Counter[str],
+def find_files(folder: Path, augmented: str | None) -> list[str]:
+    """The names of the files to encode, of which `augmented` takes train.txt's place.
+
+    Raises:
+        InputError: a file that is needed is missing.
+    """
+    names = [augmented or SPLITS[0], *SPLITS[1:]]
+    if augmented and Path(augmented).name != augmented:
+        raise InputError(f"--augmented_filename={augmented}: a file's name in --data_dir is expected.")
+    for name in dict.fromkeys([SPLITS[0], *names]):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such file; a data folder holds {', '.join(names)}.")
+    if augmented and not (folder / LABELS).exists():
+        raise InputError(f"{folder / LABELS}: no such file; run preprocess.py without --augmented first.")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------ the training text
+
+
+class TrainingText(NamedTuple):
+    """What train.txt holds.
+
+    Attributes:
+        words: how often each occurs; empty where nobody asked.
+        labels: in order of first appearance, or those of label.txt where train.txt holds a teacher's logits.
+        sentences: how many there are.
+    """
+
+    words: Counter[str]
+    labels: Labels
+    sentences: int
+
+
+def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, workers: Workers) -> TrainingText:
+    """Count the words of train.txt, collect its labels, and warn of what is surely not meant.
+
+    Args:
+        lines: of train.txt, with a TrainingLabels.
+        tokenizer: see word_tokenizer; None counts no words.
+    """
+    words: Counter[str] = Counter()
+    names: dict[str, None] = {}
+    sentences = 0
+    next(iter(lines))  # the first usable line decides what labels are
+    for counts, labels, count in workers.map(partial(count_block, lines, tokenizer), lines.blocks()):
+        words.update(counts)
+        names.update(dict.fromkeys(labels))
+        sentences += count
+    if (follow := lines.parse_label.follow) is not None:
+        return TrainingText(words, Labels(tuple(follow.ids)), sentences)
+    if len(names) < 2:
+        raise InputError(f"{lines.path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
+    texts = (example.sentence for example in TsvReader(lines.path, lines.skip_bad_lines))
+    for warning in [swapped_columns(len(names), sentences, texts), unspaced_text(words, sentences),
+                    *label_warnings(tuple(names))]:
+        if warning:
+            logger.warning(warning)
+    return TrainingText(words, Labels(tuple(names)), sentences)
+
+
+def count_block(lines: TsvReader, tokenizer: tuple[str, bool] | None,
+                block: tuple[int, bytes]) -> tuple[Counter[str], list[str], int]:
+    """The words of a part of train.txt, its labels in order of first appearance, and the number of sentences."""
+    first, raw = block
+    words: Counter[str] = Counter()
+    split = word_tokenizer(*tokenizer) if tokenizer else lambda sentence: []
+    sentences = 0
+    for example in lines.parse(io.BytesIO(raw), first):
+        words.update(split(example.sentence))
+        sentences += 1
+    return words, list(lines.parse_label.names), sentences
+
+
+# -------------------------------------------------------------------------------------- vocabularies and tokenizers
+
+
+def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], text: TrainingText,
                     stage: Path) -> tuple[str, dict[str, Any]]:
-    """For the GloVe path: write embedding.npy into `stage`. Returns its text and what EncodingInfo says of it."""
+    """For the GloVe path: write embedding.npy into `stage`. Returns vocab.txt's text and EncodingInfo's part of it."""
     vectors = load_vectors(args.embedding_path)
     words, file_rows, borders = build_vocabulary(
-        counts, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
+        text.words, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
         [config["pad_token"], config["unk_token"]])
     dim = config["token_emb_dim"] if vectors is None else vectors.table.shape[1]
     if dim != config["token_emb_dim"]:
         logger.warning("[%s has %d dimensions, not the config's token_emb_dim=%d: the file decides]",
                        args.embedding_path, dim, config["token_emb_dim"])
-    report_coverage(counts, words[borders["own"] : borders["seen"]])
+    covered = words[borders["own"] : borders["seen"]]
+    running = sum(text.words.values())
+    share = sum(text.words[word] for word in covered) / running
+    logger.info("[coverage] %d distinct words, %d (%.1f %%) with a vector of the file; of %d running words %.1f %%",
+                len(text.words), len(covered), 100 * len(covered) / len(text.words), running, 100 * share)
+    if vectors is not None and (warning := low_coverage(share, args.embedding_path, vectors.words)):
+        logger.warning(warning)
     write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim, args.oov_scale,
                 args.seed)
     logger.info("[vocabulary] %d words of %d dimensions, %d of them with a trained vector of their own",
                 len(words), dim, borders["own"])
+    table = np.load(stage / "embedding.npy", mmap_mode="r")
     return "".join(f"{word}\n" for word in words), {
         "kind": WORDS, "tokenizer": config["tokenizer"], "lowercase": config["lowercase"],
-        "table": fingerprint(np.load(stage / "embedding.npy", mmap_mode="r")), "own_rows": borders["own"],
-        "seen_rows": borders["seen"], "embedding_path": args.embedding_path}
+        "table": fingerprint(table, borders["own"]), "own_rows": borders["own"], "seen_rows": borders["seen"],
+        "embedding_path": args.embedding_path}
+
+
+def load_vectors(path: str) -> Any:
+    """The vector file, or None for --embedding_path none."""
+    if path == "none":
+        return None
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; fetch GloVe with python etc/download_embeddings.py, name another file "
+                         "with --embedding_path, or learn the vectors from the training data: --embedding_path none.")
+    from text.vectors import read_vectors
+
+    return read_vectors(path)
 
 
 def read_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """For the transformer path: the tokenizer of --bert_model_name_or_path as text, and EncodingInfo of it."""
+    """For the transformer path: the tokenizer of --bert_model_name_or_path as text, and EncodingInfo's part of it."""
     from pretrained import loading as transformer
 
     path = args.bert_model_name_or_path
@@ -432,24 +300,102 @@ def read_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[st
         "truncation_side": tokenizer.truncation_side, "empty_id": tokenizer.eos_token_id or tokenizer.unk_token_id or 0}
 
 
-def load_vectors(path: str) -> Any:
-    """The vector file, or None for --embedding_path none."""
-    if path == "none":
-        return None
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file; fetch GloVe with python etc/download_embeddings.py, name another file "
-                         "with --embedding_path, or learn the vectors from the training data: --embedding_path none.")
-    from text.vectors import read_vectors
-
-    return read_vectors(path)
+# ------------------------------------------------------------------------------------------------------- tokenizing
 
 
-def report_coverage(counts: Counter[str], covered: list[str]) -> None:
-    """Say how much of the training text has vectors of the file."""
-    running = sum(counts.values())
-    logger.info("[coverage] %d distinct words, %d (%.1f %%) with a vector of the file; of %d running words %.1f %%",
-                len(counts), len(covered), 100 * len(covered) / len(counts), running,
-                100 * sum(counts[word] for word in covered) / running)
+class Part(NamedTuple):
+    """A part of an encoded file.
+
+    Attributes:
+        token_ids: [T] int32, of all sentences one after another.
+        lengths: [N] int64, how many each sentence has.
+        targets: [N] int32 class ids or [N, C] float32 logits.
+        hashes: [N] uint64, see hash_sentence.
+        lines: [N] int64, their numbers.
+        report: the figures.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    hashes: np.ndarray
+    lines: np.ndarray
+    report: SplitReport
+
+
+def tokenize_split(lines: TsvReader, stage: Path, info: EncodingInfo, duplicates: DuplicateFinder,
+                   workers: Workers) -> SplitReport:
+    """Encode one file to flat arrays in `stage`, where the vocabulary's file stands; see dataset.py.
+
+    Args:
+        lines: of the file, with a LabelParser.
+    """
+    path = Path(lines.path)
+    report = SplitReport(path.name)
+    duplicates.add_split(path.name)
+    first = next(iter(lines))  # the first usable line decides what labels are
+    parser: LabelParser = lines.parse_label
+    if first.line == 1 and not parser.logits and first.label != NO_LABEL:
+        report.first_line = first.sentence, "".join(parser.unknown) or info.labels[first.label]
+    name, column = target_column(parser)
+    end = np.zeros(1, dtype=np.int64)
+    with ArrayWriter(stage / f"{path.name}.{info.kind}",
+                     {"token_ids": ("i4", ()), "offsets": ("i8", ()), name: column}) as writer:
+        writer.append("offsets", end)
+        for part in workers.map(partial(tokenize_block, lines, stage, info), lines.blocks()):
+            writer.append("token_ids", part.token_ids)
+            writer.append("offsets", end + np.cumsum(part.lengths))
+            writer.append(name, part.targets)
+            end += part.lengths.sum()
+            duplicates.add(part.hashes, part.lines, -1 if parser.logits else part.targets)
+            report.add(part.report)
+        writer.metadata["format"] = ENCODED_FORMAT
+        made = replace(info, augmented=False, source_sha256=sha256(path), skip_bad_lines=lines.skip_bad_lines,
+                       sentences=report.sentences, skipped=report.skipped)
+        writer.metadata["encoding"] = json.dumps(made.to_json())
+    return report
+
+
+def target_column(parser: LabelParser) -> tuple[str, tuple[str, tuple[int, ...]]]:
+    """The name, dtype and shape of a target: logits or class ids."""
+    return ("logits", ("f4", (len(parser.ids),))) if parser.logits else ("labels", ("i4", ()))
+
+
+def tokenize_block(lines: TsvReader, stage: Path, info: EncodingInfo, block: tuple[int, bytes]) -> Part:
+    """Encode a part of a file."""
+    first, raw = block
+    parser: LabelParser = lines.parse_label
+    parser.unknown.clear()
+    tokenizer = load_tokenizer(stage, info)
+    report = SplitReport(str(lines.path))
+    tokens, lengths, targets, hashes, numbers = array("i"), array("q"), [], array("Q"), array("q")
+    for examples in chunks(lines.parse(io.BytesIO(raw), first)):
+        rows = tokenizer.tokenize_batch([example.sentence for example in examples])
+        for (line, sentence, target), (row, length) in zip(examples, rows, strict=True):
+            report.lengths[length] += 1
+            report.unknown_words += row.count(tokenizer.unknown)
+            report.truncated += length > len(row)
+            report.quoted += sentence[0] == sentence[-1] == '"' and len(sentence) > 1
+            tokens.extend(row)
+            lengths.append(len(row))
+            targets.append(target)
+            hashes.append(hash_sentence(sentence))
+            numbers.append(line)
+    if not parser.logits:
+        counts = Counter(targets)
+        report.unknown_labels, report.unknown_names = counts[UNKNOWN_LABEL], list(parser.unknown)
+        report.labels = Counter({target: count for target, count in counts.items() if target >= 0})
+    report.skipped = lines.skipped
+    _, (dtype, shape) = target_column(parser)
+    return Part(np.array(tokens, dtype=np.int32), np.array(lengths, dtype=np.int64),
+                np.array(targets, dtype=dtype).reshape(-1, *shape), np.array(hashes, dtype=np.uint64),
+                np.array(numbers, dtype=np.int64), report)
+
+
+@functools.lru_cache(maxsize=1)
+def load_tokenizer(stage: Path, info: EncodingInfo) -> Tokenizer:
+    """The tokenizer by the vocabulary's file of this run; each process reads it once."""
+    return make_tokenizer((stage / VOCABULARY_FILES[info.kind]).read_bytes().decode("utf-8"), info)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -186,8 +187,11 @@ def naive(content: bytes, labelled: bool = True) -> list[tuple[int, str, str] | 
             found.append(number)
             continue
         fields = text.split("\t")
+        for invisible in "\u200b\u2060\ufeff":
+            fields[1:] = [field.replace(invisible, "") for field in fields[1:]]
         good = len(fields) == (2 if labelled else 1) and "\0" not in text and all(field.strip() for field in fields)
-        found.append((number, fields[0].strip(), fields[1].strip() if labelled else "") if good else number)
+        label = unicodedata.normalize("NFC", fields[-1].strip()) if labelled else ""
+        found.append((number, fields[0].strip(), label) if good else number)
     return found
 
 

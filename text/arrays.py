@@ -180,12 +180,21 @@ def _parse_header(text: bytes, size: int) -> tuple[dict[str, tuple[np.dtype, lis
     return layout, metadata
 
 
-def fingerprint(table: np.ndarray) -> str:
-    """A name for a table's content: the shape and a hash of 1,024 rows spread over it.
+def fingerprint(table: np.ndarray, own_rows: int = 0) -> str:
+    """A name for a table's content: the first `own_rows` rows whole, and of all rows 1,024 that are spread over them.
 
-    Cheap for a memory map of any size; it tells tables of different origin apart, not a change of a single row.
+    Cheap for a memory map of any size: a vector file's rows are known by a sample, which tells files apart, and the
+    random ones before them, which depend on few flags, by each number.
     """
     rows = np.unique(np.linspace(0, len(table) - 1, 1024).astype(np.int64)) if len(table) else np.zeros(0, np.int64)
     digest = hashlib.sha256(str((table.shape, str(table.dtype))).encode())
     digest.update(np.ascontiguousarray(table[rows]).tobytes())
-    return digest.hexdigest()[:32]
+    for start in range(0, own_rows, 1 << 14):
+        digest.update(np.ascontiguousarray(table[start : min(start + (1 << 14), own_rows)]).data)
+    return f"{own_rows}-{digest.hexdigest()[:32]}" if own_rows else digest.hexdigest()[:32]
+
+
+def has_fingerprint(table: np.ndarray, expected: str) -> bool:
+    """Whether `expected` is the fingerprint of the table."""
+    own_rows, _, digest = expected.rpartition("-")
+    return fingerprint(table, int(own_rows or 0)) == expected

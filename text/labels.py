@@ -46,7 +46,8 @@ def write_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
 
 
 NO_LABEL = -1  # the target of text without a label
-UNKNOWN_LABEL = -2  # the target of a label that train.txt lacks
+UNKNOWN_LABEL = -2  # the target of a label that train.txt lacks: whatever a model answers is an error
+NAMED = 10  # at most so many of a file's unknown labels are named
 
 
 def looks_like_logits(label: str) -> bool:
@@ -64,16 +65,22 @@ class LabelParser:
         labels: the label map.
         dummy: what stands in the place of a label in text that has none, unless the label map has it; such text gets
             the target NO_LABEL. None: text without labels is an error.
+        unknown_allowed: whether a label that the label map lacks gets the target UNKNOWN_LABEL, as in valid.txt and
+            test.txt; else it is an error.
         columns: asked once, at the first logits, for the column of each label; None: they are in the labels' order.
 
     Attributes:
         logits: True where the file holds logits, None before the first label.
+        unknown: the first NAMED unknown labels.
     """
 
-    def __init__(self, labels: Labels, dummy: str | None = None,
+    def __init__(self, labels: Labels, dummy: str | None = None, unknown_allowed: bool = False,
                  columns: Callable[[], list[int] | None] | None = None) -> None:
         self.ids = labels.index()
+        dummy = dummy and normalize_label(dummy)
         self.dummy = None if dummy in self.ids else dummy
+        self.unknown_allowed = unknown_allowed
+        self.unknown: list[str] = []
         self.columns = columns
         self.order: list[int] | None = None
         self.logits: bool | None = None
@@ -101,6 +108,11 @@ class LabelParser:
         return self.logits or (self.logits is None and label not in self.ids and looks_like_logits(label))
 
     def _class_id(self, label: str) -> int:
+        if label not in self.ids and self.unknown_allowed:
+            self.logits = False
+            if label not in self.unknown and len(self.unknown) < NAMED:
+                self.unknown.append(label)
+            return UNKNOWN_LABEL
         if label not in self.ids:
             raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
         self.logits = False
@@ -128,7 +140,7 @@ def _short(text: str, limit: int = 60) -> str:
 
 # --------------------------------------------------------------------------------------------- which columns logits are
 
-RECORD_FORMAT = "logits-1"
+INFO_FORMAT = "logits-1"
 
 
 def _info_path(path: str | os.PathLike[str], checksum: str) -> Path:
@@ -136,7 +148,7 @@ def _info_path(path: str | os.PathLike[str], checksum: str) -> Path:
 
 
 def write_logits_info(path: str | os.PathLike[str], labels: list[str], **more: Any) -> None:
-    """Write the record of the file with logits at `path` beside it.
+    """Write beside the file with logits at `path` what its columns are.
 
     Args:
         labels: the names of the columns, in their order.
@@ -144,13 +156,13 @@ def write_logits_info(path: str | os.PathLike[str], labels: list[str], **more: A
     """
     checksum = sha256(path)
     with atomic_write(_info_path(path, checksum)) as file:
-        json.dump({"format": RECORD_FORMAT, "sha256": checksum, "file": Path(path).name, "labels": labels, **more,
+        json.dump({"format": INFO_FORMAT, "sha256": checksum, "file": Path(path).name, "labels": labels, **more,
                    "date": time.strftime("%Y-%m-%d %H:%M:%S")}, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
 def find_logits_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record of the file at `path`, None where there is none.
+    """What is recorded of the file with logits at `path`, None where nothing is. The labels are in Unicode's form NFC.
 
     Raises:
         InputError: there is one, and it is damaged.
@@ -161,12 +173,12 @@ def find_logits_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     with open_input(place) as file:
         try:
-            match record := json.load(file):
+            match info := json.load(file):
                 case {"format": format, "sha256": found, "labels": [*names]} if (
-                    format == RECORD_FORMAT and found == checksum and all(isinstance(name, str) for name in names)
-                    and len(set(names)) == len(names)
+                    format == INFO_FORMAT and found == checksum and all(isinstance(name, str) for name in names)
+                    and len(set(names := [normalize_label(name) for name in names])) == len(names)
                 ):
-                    return record
+                    return {**info, "labels": names}
         except (ValueError, RecursionError):
             pass
     raise InputError(f"{place}: not a whole record of the logits in {path}; write both again with evaluate.py "
@@ -190,8 +202,8 @@ def column_order(path: str | os.PathLike[str], labels: Labels, asserted: str | N
     Raises:
         InputError: the order is not known, or the logits are of other labels.
     """
-    record = find_logits_info(path)
-    names = None if record is None else tuple(record["labels"])
+    info = find_logits_info(path)
+    names = None if info is None else tuple(info["labels"])
     said = f"{path}: its logits, by the record beside it,"
     if asserted:
         named = read_labels(asserted).names
@@ -215,10 +227,46 @@ def column_order(path: str | os.PathLike[str], labels: Labels, asserted: str | N
 
 
 def label_parser(path: str | os.PathLike[str], labels: Labels, dummy: str | None = None, asserted: str | None = None,
-                 required: bool = False) -> LabelParser:
+                 required: bool = False, unknown_allowed: bool = False) -> LabelParser:
     """The parser of a file's labels, whose logits come out in the order of `labels`; see column_order.
 
     Args:
         dummy: the label of text that has none.
+        unknown_allowed: see LabelParser.
     """
-    return LabelParser(labels, dummy, partial(column_order, path, labels, asserted, required))
+    return LabelParser(labels, dummy, unknown_allowed, partial(column_order, path, labels, asserted, required))
+
+
+class TrainingLabels:
+    """Collects the labels of train.txt; where the first of them is a teacher's logits, follows label.txt instead.
+
+    Args:
+        path: the text, for messages.
+        label_path: label.txt.
+
+    Attributes:
+        names: the labels as keys, in order of first appearance.
+        follow: the parser of logits, None where labels are collected.
+    """
+
+    def __init__(self, path: Path, label_path: Path) -> None:
+        self.path = path
+        self.label_path = label_path
+        self.names: dict[str, int] = {}
+        self.follow: LabelParser | None = None
+
+    def __call__(self, label: str) -> None:
+        """Take in a label. ValueError: it is of another kind than the file's first one."""
+        logits = looks_like_logits(label)
+        if logits and not self.names and self.follow is None:
+            if not self.label_path.exists():
+                raise InputError(f"{self.path}: the label {label!r} reads as a teacher's logits, and the label map "
+                                 f"that they follow is missing; put the class names into {self.label_path}, one a "
+                                 "line.")
+            self.follow = label_parser(self.path, read_labels(self.label_path))
+        if self.follow is not None:
+            self.follow(label)
+        elif logits:
+            raise ValueError(f"the label {label!r} reads as a teacher's logits, and the file's first one does not.")
+        else:
+            self.names.setdefault(label, len(self.names))

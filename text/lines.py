@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
+from tqdm import tqdm
+
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import normalize_label
+from text.checks import file_fault
 from util import open_input
-
-# ------------------------------------------------------------------------------------------------------------- TSV
-
 
 BLOCK_BYTES = 1 << 20  # that are worked on at a time, rounded up to whole lines
 
@@ -48,7 +48,7 @@ class TsvReader:
         self.path = path
         self.skip_bad_lines = skip_bad_lines
         self.labelled = labelled
-        self.parse_label = parse_label
+        self.parse_label: Any = parse_label  # perhaps an object, of which its maker asks more
         self.skipped = 0
         self.bytes_read = 0
 
@@ -66,13 +66,14 @@ class TsvReader:
                 raise self.no_line()
 
     def blocks(self) -> Iterator[tuple[int, bytes]]:
-        """The file in blocks of whole lines, each with the number of its first line."""
+        """The file in blocks of whole lines, each with the number of its first line, under a bar."""
         first = 1
-        with open_input(self.path) as file:
+        with open_input(self.path) as file, bytes_bar(self.path) as bar:
             while block := file.read(BLOCK_BYTES):
                 block += file.readline()
                 yield first, block
                 first += block.count(b"\n")
+                bar.update(len(block))
 
     def parse(self, lines: Iterable[bytes], first: int = 1) -> Iterator[Example]:
         """The examples of raw lines, of which the first has the number `first`; see `blocks`."""
@@ -83,13 +84,15 @@ class TsvReader:
                 yield self._parse(number, raw)
             except ValueError as error:
                 if not self.skip_bad_lines:
-                    raise InputError(
-                        f"{self.path}:{number}: {error} Correct the line, or pass --skip_bad_lines."
-                    ) from None
+                    fault = None if str(self.path) == "-" else file_fault(self.path)
+                    raise InputError(f"{self.path}: {fault}" if fault else f"{self.path}:{number}: {error} Correct the "
+                                     "line, or pass --skip_bad_lines.") from None
                 self.skipped += 1
 
     def no_line(self) -> InputError:
         """That no line is an example."""
+        if self.skipped and str(self.path) != "-" and (fault := file_fault(self.path)):
+            return InputError(f"{self.path}: {fault}")
         what = "no usable line" if self.skipped else "the file is empty"
         return InputError(f"{self.path}: {what}; one example a line is expected, sentence TAB label."
                           if self.labelled else f"{self.path}: {what}; one sentence a line is expected.")
@@ -119,17 +122,17 @@ class TsvReader:
         return Example(number, sentence, self.parse_label(label) if self.labelled else "")
 
 
-def progress(path: str | os.PathLike[str], lines: TsvReader) -> Iterator[Example]:
-    """The lines of `path`, with a bar that knows the file's size."""
-    from tqdm import tqdm
+def bytes_bar(path: str | os.PathLike[str]) -> tqdm[Any]:
+    """A progress bar that knows the file's size."""
+    return tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=Path(path).name, disable=None)
 
-    path = Path(path)
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-        for number, example in enumerate(lines):
-            if number % 4096 == 0:
-                bar.update(lines.bytes_read - bar.n)
+
+def progress(lines: TsvReader) -> Iterator[Example]:
+    """The examples of a file under a bar."""
+    with bytes_bar(lines.path) as bar:
+        for example in lines:
             yield example
-        bar.update(lines.bytes_read - bar.n)
+            bar.update(lines.bytes_read - bar.n)
 
 
 class HasSentence(Protocol):

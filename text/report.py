@@ -12,6 +12,9 @@ from typing import IO
 
 import numpy as np
 
+from sentence_classifier.tokenizers import normalize
+from text.labels import NAMED
+
 
 @dataclass
 class SplitReport:
@@ -20,6 +23,10 @@ class SplitReport:
     Attributes:
         lengths: number of sentences by number of tokens, before truncation.
         labels: number of sentences by label id (empty for logits).
+        unknown_labels: number of sentences whose label train.txt lacks.
+        unknown_names: the first NAMED of these labels.
+        quoted: number of sentences in double quotes.
+        first_line: sentence and label of line 1; empty where it is no example, or holds logits.
     """
 
     name: str
@@ -28,6 +35,10 @@ class SplitReport:
     truncated: int = 0
     unknown_words: int = 0
     skipped: int = 0
+    unknown_labels: int = 0
+    unknown_names: list[str] = field(default_factory=list)
+    quoted: int = 0
+    first_line: tuple[str, str] = ("", "")
 
     def add(self, other: SplitReport) -> None:
         """Take in the figures of another part of the file."""
@@ -36,6 +47,9 @@ class SplitReport:
         self.truncated += other.truncated
         self.unknown_words += other.unknown_words
         self.skipped += other.skipped
+        self.unknown_labels += other.unknown_labels
+        self.unknown_names = list(dict.fromkeys(self.unknown_names + other.unknown_names))[:NAMED]
+        self.quoted += other.quoted
 
     @property
     def sentences(self) -> int:
@@ -80,11 +94,10 @@ RECORD = np.dtype([("hash", "<u8"), ("line", "<u8"), ("label", "<i4"), ("split",
 _PARTITIONS = 64
 
 
-def record(sentence: str, line: int, label: int) -> tuple[int, int, int, int]:
-    """What DuplicateFinder knows a sentence by; case and blanks do not matter. Label -1 where there is none."""
-    words = " ".join(sentence.lower().split())
-    digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little"), line, label, 0
+def hash_sentence(sentence: str) -> int:
+    """What DuplicateFinder knows a sentence by: 64 bits, to which case, blanks and the Unicode form do not matter."""
+    words = " ".join(normalize(sentence).lower().split())
+    return int.from_bytes(hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 class DuplicateFinder:
@@ -105,8 +118,16 @@ class DuplicateFinder:
         """Begin with the next file."""
         self.names.append(name)
 
-    def add(self, records: np.ndarray) -> None:
-        """Take in sentences of the current file: [N] RECORD, see `record`."""
+    def add(self, hashes: np.ndarray, lines: np.ndarray, class_ids: np.ndarray | int) -> None:
+        """Take in sentences of the current file.
+
+        Args:
+            hashes: [N], see hash_sentence.
+            lines: [N], their numbers.
+            class_ids: [N], below 0 where there is none.
+        """
+        records = np.empty(len(hashes), dtype=RECORD)
+        records["hash"], records["line"], records["label"] = hashes, lines, class_ids
         records["split"] = len(self.names) - 1
         partition = records["hash"] % _PARTITIONS
         for number in np.unique(partition):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from sentence_classifier.errors import InputError
 from text import lines as text
+from text.checks import file_fault
 from text.lines import TsvReader
+
 
 def read(path: Path, **options: bool) -> list[tuple[int, str, str]]:
     return [(line.line, line.sentence, line.label) for line in TsvReader(path, **options)]
@@ -64,7 +66,8 @@ def test_lines_against_a_naive_reader(path: Path, content: bytes, labelled: bool
     if bad or not good:
         with pytest.raises(InputError) as error:
             read(path, labelled=labelled)
-        assert str(error.value).startswith(f"{path}:{bad[0]}: " if bad else f"{path}: ")
+        fault = file_fault(path)  # of all lines, where there is one
+        assert str(error.value).startswith(f"{path}:{bad[0]}: " if bad and not fault else f"{path}: {fault or ''}")
     else:
         assert read(path, labelled=labelled) == good
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from text import report as corpus
-from text.report import RECORD, DuplicateFinder, SplitReport, record
+from text.report import DuplicateFinder, SplitReport, hash_sentence
 
 labelled = st.tuples(st.sampled_from(["a", "b", "a b", "ab", "c d e"]), st.integers(-1, 2))
 splits = st.lists(st.lists(labelled, max_size=12), min_size=1, max_size=3)
@@ -47,9 +48,10 @@ def test_repeats_against_a_naive_count(folder: Path, data: list[list[tuple[str, 
     names = [f"split{number}" for number in range(len(data))]
     for name, lines in zip(names, data, strict=True):
         repeats.add_split(name)
-        records = [record(sentence, number, label) for number, (sentence, label) in enumerate(lines, 1)]
-        for start in range(0, len(records), 5):
-            repeats.add(np.array(records[start : start + 5], dtype=RECORD))
+        for start in range(0, len(lines), 5):
+            some = lines[start : start + 5]
+            repeats.add(np.array([hash_sentence(sentence) for sentence, _ in some], np.uint64),
+                        np.arange(start + 1, start + 1 + len(some)), np.array([label for _, label in some]))
     shared: dict[tuple[int, int], int] = {}
     conflicts: dict[int, int] = {}
     for line in repeats.report():
@@ -72,12 +74,20 @@ def test_repeats_write_to_disk_in_parts(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(corpus, "_PARTITIONS", 2)
     repeats = DuplicateFinder(tmp_path)
     repeats.add_split("one")
-    records = np.array([record(str(number % 69_000), number + 1, 0) for number in range(70_000)], dtype=RECORD)
-    for part in np.array_split(records, 3):
-        repeats.add(part)
+    numbers = np.arange(70_000)
+    hashes = np.array([hash_sentence(str(number % 69_000)) for number in numbers], np.uint64)
+    for part in np.array_split(numbers, 3):
+        repeats.add(hashes[part], part + 1, 0)
     (line,) = repeats.report()
     assert line.startswith("[one] 1000 sentences repeat an earlier one (such as one:")
     assert not list(tmp_path.iterdir())
+
+
+@settings(max_examples=50)
+@given(sentence=st.text(st.sampled_from("Aé가각 각\u1100\u1161\u11a8\u0301e\u0327")))
+def test_case_blanks_and_unicode_form_do_not_matter(sentence: str) -> None:
+    other = unicodedata.normalize("NFD", f" {sentence.upper().lower()}  ".replace(" ", "\u00a0"))
+    assert hash_sentence(other) == hash_sentence(sentence)
 
 
 def test_split_report() -> None:
