@@ -42,7 +42,7 @@ from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
 from text.arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
-from text.checks import label_warnings, low_coverage, split_warnings, swapped_columns, unspaced_text
+from text.checks import file_fault, label_warnings, low_coverage, split_warnings, swapped_columns, unspaced_text
 from text.labels import (
     NO_LABEL,
     UNKNOWN_LABEL,
@@ -215,7 +215,8 @@ def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, wor
     if (follow := lines.parse_label.follow) is not None:
         return TrainingText(words, Labels(tuple(follow.ids)), sentences)
     if len(names) < 2:
-        raise InputError(f"{lines.path}: all lines have the one label {next(iter(names))!r}; a classifier needs two.")
+        raise InputError(f"{lines.path}: " + (file_fault(lines.path) or f"all lines have the one label "
+                                              f"{next(iter(names))!r}; a classifier needs two."))
     texts = (example.sentence for example in TsvReader(lines.path, lines.skip_bad_lines))
     for warning in [swapped_columns(len(names), sentences, texts), unspaced_text(words, sentences),
                     *label_warnings(tuple(names))]:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
+from text.labels import shorten
 from text.report import SplitReport
 from util import open_input
 
@@ -63,7 +64,7 @@ def _encoding(head: bytes) -> str | None:
     even, odd = head[::2].count(0), head[1::2].count(0)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "UTF-16"
-    if max(even, odd) >= max(8, len(head) / 10) and min(even, odd) * 20 <= max(even, odd):
+    if max(even, odd) >= max(8, len(head) / 10) and min(even, odd) * 4 <= max(even, odd):
         return "UTF-16LE" if odd > even else "UTF-16BE"
     lines = [line for line in head[: head.rfind(b"\n") + 1 or None].split(b"\n") if not line.isascii()]
     broken = [line for line in lines if not _decodes(line, "utf-8")]
@@ -119,12 +120,12 @@ def unknown_labels(report: SplitReport, names: Sequence[str]) -> str | None:
     if not report.unknown_labels:
         return None
     known = {_bare(name): name for name in names}
-    alike = [f"{name!r} looks like {known[_bare(name)]!r}" for name in report.unknown_names if _bare(name) in known]
-    more = ", ..." if len(report.unknown_names) > 5 else ""
-    return (f"{report.unknown_labels} sentences have a label that train.txt lacks "
-            f"({', '.join(map(repr, report.unknown_names[:5]))}{more}): they stay in every measurement, as errors; if "
-            "they are not meant to, correct the labels, or give train.txt sentences of them"
-            + (f" ({'; '.join(alike)})." if alike else "."))
+    alike = [f"; {shorten(name)} looks like {shorten(known[_bare(name)])}" for name in report.unknown_names
+             if _bare(name) in known]
+    labels = ", ".join(map(shorten, report.unknown_names[:5])) + ", ..." * (len(report.unknown_names) > 5)
+    return (f"{report.unknown_labels} sentences have a label that train.txt lacks ({labels}{''.join(alike[:1])}): they "
+            "stay in every measurement, as errors. If they are not meant to, correct the labels, or give train.txt "
+            "sentences of them.")
 
 
 def quoted_sentences(report: SplitReport) -> str | None:
@@ -154,7 +155,7 @@ def label_warnings(names: Sequence[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_bare(name), []).append(name)
-    alike = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    alike = [" and ".join(map(shorten, group)) for group in groups.values() if len(group) > 1]
     if alike:
         warnings.append(f"labels that look alike are classes of their own: {', '.join(alike[:5])}"
                         f"{', ...' if len(alike) > 5 else ''}; give all sentences of a class the same label.")

@@ -95,7 +95,7 @@ class LabelParser:
         """
         labelled = label != self.dummy
         if self.labelled not in (None, labelled):
-            raise ValueError(f"the label {_short(label)}, and the file's first line has "
+            raise ValueError(f"the label {shorten(label)}, and the file's first line has "
                              + ("none." if labelled else "one: this says that there is none."))
         if not labelled:
             self.labelled = self.logits = False
@@ -114,7 +114,7 @@ class LabelParser:
                 self.unknown.append(label)
             return UNKNOWN_LABEL
         if label not in self.ids:
-            raise ValueError(f"unknown label {_short(label)}; train.txt has {_short(', '.join(self.ids))}.")
+            raise ValueError(f"unknown label {shorten(label)}; train.txt has {shorten(', '.join(self.ids))}.")
         self.logits = False
         return self.ids[label]
 
@@ -122,7 +122,7 @@ class LabelParser:
         try:
             numbers = [float(part) for part in label.split()]
         except ValueError:
-            raise ValueError(f"the label {_short(label)} is not a row of logits, as the file's first one is.") from None
+            raise ValueError(f"the label {shorten(label)} is no row of logits, as the file's first one is.") from None
         if self.columns:
             self.order, self.columns = self.columns(), None
         if len(numbers) != len(self.ids):
@@ -134,7 +134,8 @@ class LabelParser:
         return numbers if self.order is None else [numbers[column] for column in self.order]
 
 
-def _short(text: str, limit: int = 60) -> str:
+def shorten(text: str, limit: int = 60) -> str:
+    """A label for a message: in quotes, and cut off where it is long."""
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sentence_classifier.errors import FullDisk, InputError
 from text.arrays import ArrayWriter, open_arrays
+from text.checks import foreign_format
 from util import open_input
 
 logger = logging.getLogger(__name__)
@@ -140,8 +141,9 @@ def _read_head(path: Path, file: IO[bytes]) -> tuple[int, int | None, int]:
         The line of the first vector (counted from 1), the number of vectors where a header says it, the dimension.
     """
     head = file.read(1 << 20)
-    if head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
-        raise InputError(f"{path}: the file is compressed; unpack it first.")
+    if foreign := foreign_format(head):
+        raise InputError(f"{path}: the file is {foreign[0]}, and text is expected, a word and its numbers a line; "
+                         f"{foreign[1] or 'save its vectors as text'}.")
     start = len(BOM) if head.startswith(BOM) else 0
     lines = head[start:].removesuffix(b"\n").split(b"\n")
     if len(lines) > 1 and len(head) == 1 << 20:
@@ -206,48 +208,23 @@ def _bad_line(path: Path, number: int, error: ValueError, dimension: int) -> Inp
 def _parse_block(block: bytes, dimension: int) -> Block:
     """Parse whole lines.
 
-    Lines made of one blank between fields are converted by Arrow, all their numbers at once. The others (a word with
-    blanks, tabs beside blanks) go to _parse_line, and so does a whole block in which Arrow finds a fault.
+    Lines made of one blank between fields, the even ones, are converted by Arrow, all their numbers at once. The others
+    (a word with blanks, tabs beside blanks) go to _parse_line, and so does a whole block in which Arrow finds a fault.
 
     Returns:
         n words (None for one that is not UTF-8), their vectors [n, dimension], and what is wrong with the line after
         them, where one is.
     """
-    import pyarrow as pa
-
-    if any(blank in block for blank in (b"\r", b"\t", b"\v", b"\f")):
-        block = block.translate(BLANKS)
-    if block[:block.find(b"\n")].endswith(b" "):  # so fastText ends its lines, and so CRLF has become
-        block = block.replace(b" \n", b"\n")
-    if not block.endswith(b"\n"):
-        block += b"\n"
-    characters = np.frombuffer(block, np.uint8)
-    ends = np.flatnonzero((characters == ord(" ")) | (characters == ord("\n")))  # where a field ends
-    last = np.flatnonzero(characters[ends] == ord("\n"))
-    fields = np.diff(last, prepend=-1)
-    stops = ends[last]
-    starts = np.append(0, stops[:-1] + 1)
-    even = fields == dimension + 1
-    grid = ends[np.repeat(even, fields)].reshape(-1, dimension + 1)
-    words = [block[start:end] for start, end in zip(starts[even].tolist(), grid[:, 0].tolist(), strict=True)]
+    block = _one_blank(block)
+    starts, stops, even, ends = _find_fields(block, dimension)
+    words = [block[start:end] for start, end in zip(starts[even].tolist(), ends[:, 0].tolist(), strict=True)]
+    numbers = _cast_numbers(block, ends) if all(words) else None
     table = np.empty((len(even), dimension), np.float32)
-    # The block as it is becomes an array of strings, fields and what stands between them in turn. All that is no
-    # number is marked as missing, which Arrow passes over.
-    bounds = np.zeros(2 * grid.size + 1, np.int32)
-    bounds[1::2] = grid.reshape(-1)
-    np.add(bounds[1::2], 1, out=bounds[2::2])
-    present = np.zeros((*grid.shape, 2), bool)
-    present[:, 1:, 0] = True
-    buffers = (pa.py_buffer(array) for array in (bounds, characters, np.packbits(present, bitorder="little")))
-    try:
-        numbers = pa.StringArray.from_buffers(present.size, *buffers).cast(pa.float32())
-        table[even] = np.frombuffer(numbers.buffers()[1], np.float32, present.size).reshape(present.shape)[:, 1:, 0]
-        sound = all(words) and np.isfinite(table[even]).all()
-    except pa.ArrowInvalid:
-        sound = False
-    if not sound:
+    if numbers is None:
         even[:] = False
         words = []
+    else:
+        table[even] = numbers
     wrong = None
     for row in np.flatnonzero(~even).tolist():
         try:
@@ -257,6 +234,59 @@ def _parse_block(block: bytes, dimension: int) -> Block:
             break
         words.insert(row, word)
     return [_decode(word) for word in words], table, wrong
+
+
+def _one_blank(block: bytes) -> bytes:
+    """The same lines with blanks of one kind, none at their ends where the first line has one, and a last line end."""
+    if any(blank in block for blank in (b"\r", b"\t", b"\v", b"\f")):
+        block = block.translate(BLANKS)
+    if block[:block.find(b"\n")].endswith(b" "):  # so fastText ends its lines, and so CRLF has become
+        block = block.replace(b" \n", b"\n")
+    return block if block.endswith(b"\n") else block + b"\n"
+
+
+def _find_fields(block: bytes, dimension: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where lines and fields are. In b"a 1 2\\nb c 3 4\\n" with the dimension 2, the second line is no even one:
+
+        starts [0, 6], stops [5, 13], even [True, False], ends [[1, 3, 5]]
+
+    Returns:
+        Where each line starts and stops, whether it is even, and for the even ones where each field ends,
+        [lines, 1 + dimension].
+    """
+    characters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero((characters == ord(" ")) | (characters == ord("\n")))
+    last = np.flatnonzero(characters[ends] == ord("\n"))  # the fields that are the last of a line
+    fields = np.diff(last, prepend=-1)
+    stops = ends[last]
+    even = fields == dimension + 1
+    return np.append(0, stops[:-1] + 1), stops, even, ends[np.repeat(even, fields)].reshape(-1, dimension + 1)
+
+
+def _cast_numbers(block: bytes, ends: np.ndarray) -> np.ndarray | None:
+    """The numbers of the even lines, [lines, dimension] float32; None where one is none, or not finite.
+
+    The block as it is becomes an Arrow array of strings, fields and what stands between them in turn. All that is no
+    number is marked as missing, and passed over. b"a 1 2\\nb 3 4\\n", whose fields end at [[1, 3, 5], [7, 9, 11]]:
+
+        bounds   0   1   2   3   4    5   6   7   8   9   10   11   12
+        strings  "a" " " "1" " " "2" "\\n" "b" " " "3" " " "4" "\\n"
+        present   no  no yes  no yes  no   no  no yes  no yes  no
+    """
+    import pyarrow as pa
+
+    bounds = np.zeros(2 * ends.size + 1, np.int32)
+    bounds[1::2] = ends.reshape(-1)
+    np.add(bounds[1::2], 1, out=bounds[2::2])
+    present = np.zeros((*ends.shape, 2), bool)
+    present[:, 1:, 0] = True
+    parts = (bounds, np.frombuffer(block, np.uint8), np.packbits(present, bitorder="little"))
+    try:
+        cast = pa.StringArray.from_buffers(present.size, *map(pa.py_buffer, parts)).cast(pa.float32())
+    except pa.ArrowInvalid:
+        return None
+    numbers = np.frombuffer(cast.buffers()[1], np.float32, present.size).reshape(present.shape)[:, 1:, 0]
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def _parse_line(line: bytes, dimension: int) -> tuple[bytes, np.ndarray]:
