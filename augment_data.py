@@ -2,7 +2,8 @@
 
 Reads   INPUT (sentence TAB label).
 Writes  OUTPUT: for each line the sentence as it is, its words separated by single blanks, and up to N_ITER variants
-        of it, all with the label DUMMY_LABEL, or with --preserve_label with that of the line.
+        of it, all with the label DUMMY_LABEL, or with --preserve_label with that of the line. Text is written in
+        Unicode's form NFC.
 
     python augment_data.py --input data/sst2/train.txt --output data/sst2/augmented.raw --lower --parallel
 
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -33,11 +34,12 @@ from tqdm import tqdm
 
 from cli.flags import Parser, natural_int, number, positive_int
 from sentence_classifier.errors import InputError, fail_cleanly
-from sentence_classifier.tokenizers import MASK
+from sentence_classifier.tokenizers import MASK, normalize
+from text.checks import not_english
 from text.labels import find_logits_info, write_logits_info
 from text.lines import Example, TsvReader, chunks, progress
-from text.tagging import ANALYZERS, default_analyzer, make_analyzer
-from text.workers import spread
+from text.tagging import ANALYZERS, ENGLISH, default_analyzer, make_analyzer
+from text.workers import Workers
 from util import atomic_write, cores, sha256
 
 logger = logging.getLogger(__name__)
@@ -49,31 +51,47 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = Parser(__doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("--input", required=True, help="sentence TAB label")
-    files.add_argument("--output", required=True, help="the augmented text, such as data/sst2/augmented.raw")
-    files.add_argument("--preserve_label", action="store_true", help="keep the labels of --input, or its logits")
-    files.add_argument("--dummy_label", default="dummy", help="else, the label of all lines (default: %(default)s)")
-    files.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+    files.add_argument("--input", required=True, help="This file holds a sentence TAB its label on each line.")
+    files.add_argument("--output", required=True,
+                       help="The augmented text is written to this file, such as data/sst2/augmented.raw.")
+    files.add_argument("--preserve_label", action="store_true",
+                       help="Give each line the label, or the logits, of the sentence that it comes from.")
+    files.add_argument("--dummy_label", default="dummy",
+                       help="Without --preserve_label all lines get this label. (default: %(default)s)")
+    files.add_argument("--skip_bad_lines", action="store_true",
+                       help="Pass over unusable lines and count them, in place of ending at the first.")
     words = parser.add_argument_group("words")
-    words.add_argument("--analyzer", choices=tuple(ANALYZERS),
-                       help="for English spacy, or hanta, which takes what blanks separate for words; for Korean kiwi, "
-                            "khaiii or npc (default: spacy where it and its English model are installed, else hanta)")
+    words.add_argument("--analyzer", choices=tuple(ANALYZERS), metavar="{spacy,hanta,kiwi,khaiii}",
+                       help="The analyzer finds words and their parts of speech: spacy or hanta in English (hanta's "
+                            "words are what blanks separate), kiwi or khaiii in Korean. (default: spacy where it and "
+                            "its English model are installed, else hanta)")
     words.add_argument("--no_analyzer", action="store_true",
-                       help="words are what blanks separate, and none is replaced by another")
-    words.add_argument("--lower", action="store_true", help="in lower case")
+                       help="Take what blanks separate for words, and replace none by another.")
+    words.add_argument("--lower", action="store_true", help="Write the text in lower case.")
     variants = parser.add_argument_group("variants")
-    variants.add_argument("--n_iter", type=natural_int, default=20, help="at most so many a sentence (default: 20)")
-    variants.add_argument("--p_mask", type=number(0, 1), default=0.1, help="(default: 0.1)")
-    variants.add_argument("--p_pos", type=number(0, 1), default=0.1, help="(default: 0.1)")
-    variants.add_argument("--p_ng", type=number(0, 1), default=0.25, help="(default: 0.25)")
-    variants.add_argument("--max_ng", type=positive_int, default=5, help="(default: 5)")
+    variants.add_argument("--n_iter", type=natural_int, default=20,
+                          help="Make at most so many variants of a sentence. (default: %(default)s)")
+    variants.add_argument("--p_mask", type=number(0, 1), default=0.1,
+                          help="Mask each word with this probability. (default: %(default)s)")
+    variants.add_argument("--p_pos", type=number(0, 1), default=0.1,
+                          help="Replace each word with this probability by another of its part of speech. (default: "
+                               "%(default)s)")
+    variants.add_argument("--p_ng", type=number(0, 1), default=0.25,
+                          help="Mask several words in a row with this probability. (default: %(default)s)")
+    variants.add_argument("--max_ng", type=positive_int, default=5,
+                          help="Mask at most so many words in a row. (default: %(default)s)")
     variants.add_argument("--mask_token", default=MASK,
-                          help="preprocess.py --augmented knows [MASK] (default: %(default)s)")
-    variants.add_argument("--no_augment", action="store_true", help="no variants: only split into words")
-    variants.add_argument("--seed", type=natural_int, default=42, help="(default: 42)")
+                          help="A masked word becomes this one; preprocess.py --augmented knows [MASK] alone. "
+                               "(default: %(default)s)")
+    variants.add_argument("--no_augment", action="store_true",
+                          help="Make no variants: only split the sentences into words.")
+    variants.add_argument("--seed", type=natural_int, default=42,
+                          help="The seed decides about the variants. (default: %(default)s)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--parallel", action="store_true", help="in several processes; the output is the same")
-    machine.add_argument("--num_workers", type=positive_int, help="so many, with --parallel (default: one a core)")
+    machine.add_argument("--parallel", action="store_true",
+                         help="Work in several processes. The output is the same.")
+    machine.add_argument("--num_workers", type=positive_int,
+                         help="Start so many processes with --parallel. (default: one for each core)")
     args = parser.parse_args(argv)
     if args.p_mask + args.p_pos > 1:
         parser.error("--p_mask and --p_pos: a word is masked or replaced or neither, so their sum is at most 1")
@@ -116,8 +134,8 @@ class Tagger:
 
     def __call__(self, examples: list[Example]) -> tuple[list[Tagged], Counter[tuple[str, str]]]:
         """The sentences tagged, and the counts of (tag, word)."""
-        analyses = self.analyze([example.sentence for example in examples]) if self.analyze else [
-            (example.sentence.split(), []) for example in examples]
+        sentences = [normalize(example.sentence) for example in examples]
+        analyses = self.analyze(sentences) if self.analyze else [(sentence.split(), []) for sentence in sentences]
         rows: list[Tagged] = []
         counts: Counter[tuple[str, str]] = Counter()
         for example, (words, tags) in zip(examples, analyses, strict=True):
@@ -208,8 +226,6 @@ class Augmenter:
         return "".join(lines), len(lines), len(rows)
 
 
-# --------------------------------------------------------------------------------------------------------- processes
-
 # -------------------------------------------------------------------------------------------------------------- main
 
 
@@ -218,18 +234,22 @@ def tag_all(args: argparse.Namespace, analyzer: str | None, workers: int, file: 
     label = None if args.preserve_label else args.dummy_label
     if analyzer and workers > 1:
         make_analyzer(analyzer)  # what is missing is said once, and here
+    if analyzer in ENGLISH:
+        head = (example.sentence for example in TsvReader(args.input, args.skip_bad_lines))
+        if warning := not_english(islice(head, SENTENCES), analyzer):
+            logger.warning("[%s] %s", args.input, warning)
     lines = TsvReader(args.input, args.skip_bad_lines)
     counts: Counter[tuple[str, str]] = Counter()
     sentences = 0
-    for rows, some in spread(partial(Tagger, analyzer, args.lower, label),
-                             chunks(progress(lines), SENTENCES), workers):
-        for row in rows:
-            if not row.sentence:
-                raise InputError(f"{args.input}:{row.line}: --analyzer={analyzer} finds no word in the sentence; "
-                                 "correct the line, or pass --no_analyzer.")
-            file.write("\t".join(map(str, row)) + "\n")
-        counts.update(some)
-        sentences += len(rows)
+    with Workers(workers, partial(Tagger, analyzer, args.lower, label)) as pool:
+        for rows, some in pool.map(pool.made, chunks(progress(lines), SENTENCES)):
+            for row in rows:
+                if not row.sentence:
+                    raise InputError(f"{args.input}:{row.line}: --analyzer={analyzer} finds no word in the sentence; "
+                                     "correct the line, or pass --no_analyzer.")
+                file.write("\t".join(map(str, row)) + "\n")
+            counts.update(some)
+            sentences += len(rows)
     if lines.skipped:
         logger.warning("[%s] %d bad lines were skipped", args.input, lines.skipped)
     return sentences, make_lexicon(counts)
@@ -261,8 +281,9 @@ def augment(args: argparse.Namespace) -> dict[str, Any]:
         # Fewer sentences at a time where each becomes many lines.
         pieces = chunks(read_tagged(between), max(1, min(SENTENCES, 8192 // (n_iter + 1))), 1 << 20)
         lines = 0
-        with tqdm(total=sentences, unit="sentence", desc=Path(args.output).name, disable=None) as bar:
-            for text, count, done in spread(make, pieces, workers):
+        with (Workers(workers, make) as pool,
+              tqdm(total=sentences, unit="sentence", desc=Path(args.output).name, disable=None) as bar):
+            for text, count, done in pool.map(pool.made, pieces):
                 target.write(text)
                 lines += count
                 bar.update(done)
@@ -278,10 +299,10 @@ def main(argv: list[str] | None = None) -> None:
     if os.path.exists(args.output) and os.path.exists(args.input) and os.path.samefile(args.input, args.output):
         raise InputError(f"{args.output}: is the input; choose another --output.")
     figures = augment(args)
-    record = find_logits_info(args.input) if args.preserve_label else None
-    if record:  # the labels are logits: they keep their order
-        write_logits_info(args.output, record["labels"], teacher=record.get("teacher"),
-                     source={"file": Path(args.input).name, "sha256": sha256(args.input)})
+    info = find_logits_info(args.input) if args.preserve_label else None
+    if info:  # the labels are logits: they keep their order
+        write_logits_info(args.output, info["labels"], teacher=info.get("teacher"),
+                          source={"file": Path(args.input).name, "sha256": sha256(args.input)})
     for what, count in (("tagging", figures["sentences"]), ("augmenting", figures["lines"])):
         seconds = figures[f"{what}_seconds"]
         logger.info("[%s] %d sentences in %.1f s, %.0f a second", what, count, seconds, count / seconds)

@@ -8,6 +8,7 @@ import operator
 import subprocess
 import sys
 import types
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from augment_data import Augmenter, Lexicon, make_lexicon
 from sentence_classifier.errors import InputError
 from text import tagging
 from text.labels import find_logits_info, write_logits_info
+from text.workers import Workers
 
 MASK = "[MASK]"
 
@@ -181,9 +183,10 @@ def test_memory_does_not_grow_with_the_number_of_pieces() -> None:
     for workers, ahead in ((1, 1), (2, 5)):
         taken.clear()
         done = []
-        for result in augment_data.spread(partial(operator.attrgetter, "real"), pieces(), workers):
-            done.append(result)
-            assert len(taken) <= len(done) + ahead
+        with Workers(workers, partial(operator.attrgetter, "real")) as pool:
+            for result in pool.map(pool.made, pieces()):
+                done.append(result)
+                assert len(taken) <= len(done) + ahead
         assert done == list(range(40))
 
 
@@ -212,6 +215,25 @@ def test_logits_are_kept_to_the_letter_with_their_record(tmp_path: Path, recorde
         assert record["labels"] == ["no", "yes"] and record["teacher"] == {"run_id": "abc"}
         assert record["source"]["file"] == source.name
     assert find_logits_info(run(source, "--no_analyzer", output="unlabelled.raw")) is None
+
+
+def test_text_in_another_script_is_no_matter_for_an_english_analyzer(tmp_path: Path,
+                                                                      caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "train.txt", [("내일 서울 날씨 어때", "날씨")] * 3)
+    for flags, warned in (["--analyzer=hanta"], True), (["--no_analyzer"], False):
+        caplog.clear()
+        run(tmp_path / "train.txt", *flags)
+        assert ("--analyzer=kiwi" in caplog.text) == warned == ("knows English" in caplog.text)
+
+
+def test_the_unicode_form_does_not_matter(tmp_path: Path) -> None:
+    written = []
+    for form in ("NFC", "NFD"):
+        lines = [(unicodedata.normalize(form, f"내일 café {number} naïve"), unicodedata.normalize(form, "날씨"))
+                 for number in range(9)]
+        write_lines(tmp_path / "train.txt", lines)
+        written.append(run(tmp_path / "train.txt", "--analyzer=hanta", "--preserve_label").read_text(encoding="utf-8"))
+    assert written[0] == written[1] == unicodedata.normalize("NFC", written[0])
 
 
 # --------------------------------------------------------------------------------------------------------- refused

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import logging
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from helpers import (
     DIM,
     ENCODERS,
     INTENTS,
+    ROOT,
     answer,
     make_config,
     make_lines,
@@ -81,6 +84,17 @@ def test_writes_these_files_and_no_others(raw: Place) -> None:
     assert read_labels(raw.data / "label.txt").names == tuple(INTENTS)  # in order of first appearance
     for split, (name, count) in enumerate(zip(SPLITS, (46, 16, 21), strict=True)):
         check_decoded(raw.data, name, make_lines(count, split))
+
+
+def test_each_random_row_is_known(raw: Place) -> None:
+    raw.config.write_text(json.dumps({**json.loads(raw.config.read_text()), "lowercase": True}))
+    write_lines(raw.data / "train.txt", [*make_lines(46, 0), ("hapax", "PlayMusic")])
+    raw.vectors.write_text("".join(f"w{number}{' 0.5' * DIM}\n" for number in range(5000)) + raw.vectors.read_text())
+    tables = set()
+    for flags in ([], ["--seed=43"], ["--oov_scale=0.9"]):
+        preprocess.main(raw.preprocess_flags(*flags))
+        tables.add(EncodedData(raw.data / "train.txt.ids").encoding.table)
+    assert len(tables) == 3
 
 
 def test_same_input_same_bytes(raw: Place, encoded_once: Place, tmp_path: Path) -> None:
@@ -278,6 +292,100 @@ def test_skipped_lines_of_train(raw: Place, caplog: pytest.LogCaptureFixture) ->
     check_decoded(raw.data, "train.txt", make_lines(46, 0))
     assert "[train.txt] 2 bad lines were skipped" in caplog.text
     assert "hapax" not in (raw.data / "vocab.txt").read_text(encoding="utf-8")
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is warned of since the last call."""
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    caplog.clear()
+    return said
+
+
+def test_labels_that_train_lacks_are_kept(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
+    for name, split in (("valid.txt", 1), ("test.txt", 2)):
+        write_lines(raw.data / name, [("an odd one", "oos"), *make_lines(16, split), ("play", "PlayMusic#x"),
+                                      ("of a class of its own", "oos")])
+    contents = {name: (raw.data / name).read_bytes() for name in SPLITS}
+    for flags in ([], ["--skip_bad_lines"], ["--num_workers=2"]):
+        preprocess.main(raw.preprocess_flags(*flags))
+        for name in SPLITS[1:]:
+            check_decoded(raw.data, name, expectation(contents)[name])
+            data = EncodedData(raw.data / f"{name}.ids")
+            assert (data.targets == UNKNOWN_LABEL).sum() == 3 and data.encoding.skipped == 0
+        assert (EncodedData(raw.data / "train.txt.ids").targets >= 0).all()
+        said = warnings(caplog)
+        assert len(said) == 2 and said[1].startswith("[test.txt] 3 sentences have ")
+        assert said[0].startswith("[valid.txt] 3 sentences have a label that train.txt lacks ('oos', 'PlayMusic#x')")
+        assert read_labels(raw.data / "label.txt").names == tuple(INTENTS)
+
+
+def test_augmented_text_with_an_unknown_label_is_an_error(encoded: Place) -> None:
+    write_lines(encoded.data / "augmented.raw", [*make_lines(3, 1), ("an odd one", "oos")])
+    said = refused_without_a_trace(encoded, "--augmented")
+    assert said.startswith(f"{encoded.data / 'augmented.raw'}:4: unknown label 'oos'")
+
+
+def test_what_is_surely_not_meant_is_warned_of_once(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
+    for split, name in enumerate(SPLITS):
+        write_lines(raw.data / name, [("sentence", "label"), *make_lines(40, split), ('"hey, you"', '"PlayMusic"')])
+    preprocess.main(raw.preprocess_flags())
+    said = "\n".join(warnings(caplog))
+    assert said.count("looks like a table's header") == 3 and said.count("looks like") == 3
+    assert said.count("""look alike are classes of their own: 'PlayMusic' and '"PlayMusic"';""") == 1
+    assert said.count("sentences stand in double quotes") == 3 and said.count('label "PlayMusic" stands in double') == 1
+    assert len(said.splitlines()) == 8
+
+
+def test_swapped_columns_and_text_without_blanks_are_warned_of(raw: Place, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [(label, f"내일{number}시에날씨가어떤지알려줘") for number, (_, label) in enumerate(make_lines(40, 1))]
+    for name in SPLITS:
+        write_lines(raw.data / name, lines)
+    preprocess.main(raw.preprocess_flags())
+    assert ["the columns seem to be swapped" in warning for warning in warnings(caplog)] == [True]
+    for name in SPLITS:
+        write_lines(raw.data / name, [(text, label) for label, text in lines])
+    preprocess.main(raw.preprocess_flags())
+    (blanks, coverage) = warnings(caplog)
+    assert "without blanks" in blanks and coverage.startswith("[coverage] only 0.0% of the running words")
+    assert "'play', 'on', 'in'" in coverage
+
+
+# ------------------------------------------------------------------------------------------------------ Unicode forms
+
+words = st.sampled_from(["내일", "날씨", "café", "naïve", "ệ", "play", "東京", "İ", "q\u0323\u0307"])
+pairs = st.tuples(st.lists(words, min_size=1, max_size=5).map(" ".join), st.sampled_from(["날씨", "café", "mu sic"]))
+
+
+@settings(max_examples=30)
+@given(lines=st.lists(pairs, min_size=4, max_size=8),
+       forms=st.lists(st.sampled_from(["NFC", "NFD"]), min_size=6, max_size=6), lowercase=st.booleans())
+def test_the_unicode_form_does_not_matter(arena: Place, lines: list[tuple[str, str]], forms: list[str],
+                                          lowercase: bool) -> None:
+    before = snapshot(arena.data)
+    config = write_config(arena.root / "forms.json", lowercase=lowercase)
+    vectors = arena.root / "forms.txt"
+    lines = [*lines, ("play", "날씨"), ("play", "café")]
+    table = "".join(f"{word}{' 0.5' * DIM}\n" for word in ("Café", "날씨", "ệ", "play"))
+    made = []
+    try:
+        for choice in (["NFC"] * 6, forms):
+            for name, form, label_form in zip(SPLITS, choice, choice[3:], strict=False):
+                write_lines(arena.data / name, [
+                    (unicodedata.normalize(form, sentence), "\u200b" + unicodedata.normalize(label_form, label))
+                    for sentence, label in lines] + [("play", "날씨")])
+            vectors.write_text(unicodedata.normalize(choice[3], table), encoding="utf-8")
+            Path(f"{vectors}.cache").unlink(missing_ok=True)
+            preprocess.main(arena.preprocess_flags(f"--config={config}", f"--embedding_path={vectors}"))
+            found = [EncodedData(arena.data / f"{name}.ids") for name in SPLITS]
+            assert found[0].token_ids.tolist() == found[1].token_ids.tolist() == found[2].token_ids.tolist()
+            assert all((data.targets == found[0].targets).all() for data in found)
+            made.append([(arena.data / name).read_bytes() for name in ("vocab.txt", "label.txt", "embedding.npy")])
+            tokenize = WordTokenizer(made[-1][0].decode(), found[0].encoding)
+            for (sentence, _), row in zip(lines, found[0].rows(range(len(lines))), strict=True):
+                assert tokenize(unicodedata.normalize("NFD", sentence)) == tokenize(sentence) == row.tolist()
+        assert made[0] == made[1]
+    finally:
+        restore(arena.data, before)
 
 
 # ------------------------------------------------------------------------------------------------ several processes
@@ -501,6 +609,51 @@ def test_augmented_needs_the_labels_of_train(encoded: Place) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- real data
+
+
+def test_the_sample_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(ROOT / "data/sample", tmp_path / "sample")
+    preprocess.main([f"--config={write_config(tmp_path / 'config.json')}", f"--data_dir={tmp_path / 'sample'}",
+                     "--embedding_path=none"])
+    assert warnings(caplog) == []
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["snips", "sst2", "clinc150", "3i4k", "korean-hate-speech", "banking77"])
+def test_ordinary_files_give_no_warning(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                        name: str) -> None:
+    source = shared / "data" / name
+    if (source / "train.txt").exists():
+        lines = {split: (source / split).read_text(encoding="utf-8") for split in SPLITS}
+    else:
+        if name == "3i4k":
+            rows = [line.split("\t")[::-1] for line in (source / "fci_test.txt").read_text().splitlines()]
+        elif name == "banking77":
+            with open(source / "train.csv", newline="") as file:
+                rows = [[" ".join(text.split()), label] for text, label in csv.reader(file)][1:]
+        else:
+            rows = [[fields[0].strip(), fields[3]] for line in (source / "train.tsv").read_text().splitlines()[1:]
+                    if len(fields := line.split("\t")) == 4]
+        lines = {split: "".join(f"{text}\t{label}\n" for text, label in rows) for split in SPLITS}
+    for split, content in lines.items():
+        (tmp_path / split).write_text(content, encoding="utf-8")
+    preprocess.main([f"--config={write_config(tmp_path / 'config.json')}", f"--data_dir={tmp_path}",
+                     "--embedding_path=none"])
+    assert warnings(caplog) == []
+
+
+@pytest.mark.real
+def test_out_of_scope_sentences_stay(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = shared / "data/clinc150"
+    for split in SPLITS:
+        shutil.copy(source / split, tmp_path / split)
+    with open(tmp_path / "test.txt", "ab") as file:
+        file.write((source / "oos.test.txt").read_bytes())
+    preprocess.main([f"--config={write_config(tmp_path / 'config.json')}", f"--data_dir={tmp_path}",
+                     "--embedding_path=none"])
+    (said,) = warnings(caplog)
+    assert "[test.txt] 1000 sentences have a label that train.txt lacks ('oos')" in said
+    assert len(EncodedData(tmp_path / "test.txt.ids")) == 5500
 
 
 @pytest.mark.real

@@ -27,7 +27,7 @@ MAGIC = {
     b"\xba\x16\x4f\x2f": ("a fastText model", "take the .vec file beside it"),
 }
 HANGUL, KANA, HAN = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af", "\u3040-\u30ff", "\u3400-\u9fff"
-LEGACY = (("CP949", HANGUL, 0.9), ("SHIFT_JIS", KANA, 0.3), ("GB18030", HAN, 0.7))  # how much must be of the script
+LEGACY = (("SHIFT_JIS", KANA, 0.3), ("CP949", HANGUL, 0.9), ("GB18030", HAN, 0.7))  # how much must be of the script
 
 
 def foreign_format(head: bytes) -> tuple[str, str | None] | None:

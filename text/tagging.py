@@ -180,3 +180,4 @@ def _joined(tokens: Iterable[tuple[str, str]]) -> Analysis:
 
 ANALYZERS: dict[str, Callable[[], Analyzer]] = {
     "spacy": make_spacy, "khaiii": make_khaiii, "npc": make_npc, "hanta": make_hanta, "kiwi": make_kiwi}
+ENGLISH = ("spacy", "hanta")

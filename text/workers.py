@@ -27,11 +27,15 @@ class Workers:
 
     Args:
         number: of processes; 1 works in this one.
-        make: see spread.
+        make: makes, once in each process, the function that `made` stands for.
+
+    Attributes:
+        made: a function for `map` that is costly to make or large, such as one that holds a model.
     """
 
     def __init__(self, number: int, make: Callable[[], Callable[[Any], Any]] | None = None) -> None:
         self.number = number
+        self.made: Callable[[Any], Any] = make() if make and number == 1 else _call_made
         # Processes that start anew, not copies of this one: copying one whose libraries have threads can hang.
         self._pool = (ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin, (make,))
                       if number > 1 else None)
@@ -66,30 +70,21 @@ class Workers:
                              "take fewer.") from None
 
 
-def spread(make: Callable[[], Callable[[Piece], Result]], pieces: Iterable[Piece], number: int) -> Iterator[Result]:
-    """What the function that `make` makes once in each process returns for each piece, in order."""
-    if number == 1:
-        yield from map(make(), pieces)
-        return
-    with Workers(number, make) as workers:
-        yield from workers.map(_work_on, pieces)
+_made: Callable[[Any], Any]  # in this process
 
 
-_work: Callable[[Any], Any]  # of this process
-
-
-def _work_on(piece: Any) -> Any:
-    return _work(piece)
+def _call_made(piece: Any) -> Any:
+    return _made(piece)
 
 
 def _begin(make: Callable[[], Callable[[Any], Any]] | None) -> None:
     """What a process does first."""
-    global _work
+    global _made
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if make:
-        _work = make()
+        _made = make()
 
 
 def _end_with_parent() -> None:

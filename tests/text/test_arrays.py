@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sentence_classifier.errors import InputError
-from text.arrays import CODES, ArrayWriter, open_arrays
+from text.arrays import CODES, ArrayWriter, fingerprint, has_fingerprint, open_arrays
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,3 +198,18 @@ def test_any_damage_gives_an_input_error_or_whole_arrays(tmp_path_factory: pytes
     assert all(isinstance(value, str) for value in metadata.values())
     for array in arrays.values():
         array.copy()
+
+
+@given(own=st.integers(0, 3000), row=st.integers(0, 2999))
+def test_each_own_row_decides_about_a_fingerprint(own: int, row: int) -> None:
+    table = np.random.default_rng(0).normal(size=(3000, 2)).astype("f4")
+    name = fingerprint(table, own)
+    assert has_fingerprint(table, name)
+    table[row, 1] += 1
+    assert not has_fingerprint(table, name) or row >= own
+    assert not has_fingerprint(table[:-1], name) and not has_fingerprint(table, "None")
+
+
+def test_fingerprints_of_earlier_checkpoints_are_known() -> None:
+    assert has_fingerprint(np.ones((5, 2), "f4"), fingerprint(np.ones((5, 2), "f4")))
+    assert fingerprint(np.ones((5, 2), "f4")) == "a6ebf37e905d767115bf3b9b951c1136"

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
-from text.labels import LabelParser, looks_like_logits, read_labels, write_labels
+from text.labels import (
+    NAMED,
+    NO_LABEL,
+    UNKNOWN_LABEL,
+    LabelParser,
+    column_order,
+    find_logits_info,
+    looks_like_logits,
+    read_labels,
+    write_labels,
+    write_logits_info,
+)
 
 
 def test_labels_round_trip(tmp_path: Path) -> None:
@@ -52,6 +64,35 @@ def test_label_parser_logits(label: str, says: str) -> None:
     assert parser("1 -2.5 3e2") == [1.0, -2.5, 300.0] and parser.logits is True
     with pytest.raises(ValueError, match=says):
         parser(label)
+
+
+def test_unknown_labels_where_they_are_allowed() -> None:
+    parser = LabelParser(Labels(("a", "b")), unknown_allowed=True)
+    assert [parser(label) for label in ("oos", "a", "1 2", "oos")] == [UNKNOWN_LABEL, 0, UNKNOWN_LABEL, UNKNOWN_LABEL]
+    assert parser.logits is False and parser.unknown == ["oos", "1 2"]
+    for number in range(50):
+        parser(f"label {number}")
+    assert len(parser.unknown) == NAMED  # memory does not grow with them
+    logits = LabelParser(Labels(("a", "b")), unknown_allowed=True)
+    assert logits("1 2") == [1.0, 2.0]
+    with pytest.raises(ValueError, match="no row of logits"):
+        logits("oos")
+
+
+def test_the_unicode_form_of_a_label_does_not_matter(tmp_path: Path) -> None:
+    nfd = unicodedata.normalize("NFD", "café")
+    (tmp_path / "label.txt").write_text(f"{nfd}\nmu\u200bsic\n", encoding="utf-8")
+    labels = read_labels(tmp_path / "label.txt")
+    assert labels.names == ("café", "music")
+    assert LabelParser(labels, nfd)("café") == 0 and LabelParser(Labels(("x", "y")), nfd)("café") == NO_LABEL
+    (tmp_path / "train.txt").write_text("a\t1 2\n", encoding="utf-8")
+    write_logits_info(tmp_path / "train.txt", ["music", nfd])
+    assert column_order(tmp_path / "train.txt", labels, asserted=None) == [1, 0]
+    (tmp_path / "order.txt").write_text(f"music\n{nfd}\n", encoding="utf-8")
+    assert column_order(tmp_path / "train.txt", labels, str(tmp_path / "order.txt")) == [1, 0]
+    write_logits_info(tmp_path / "train.txt", ["café", nfd])
+    with pytest.raises(InputError, match="not a whole record"):
+        find_logits_info(tmp_path / "train.txt")
 
 
 def test_a_bad_first_label_does_not_decide_the_kind() -> None:
