@@ -189,12 +189,10 @@ class TrainingText(NamedTuple):
     Attributes:
         words: how often each occurs; empty where nobody asked.
         labels: in order of first appearance, or those of label.txt where train.txt holds a teacher's logits.
-        sentences: how many there are.
     """
 
     words: Counter[str]
     labels: Labels
-    sentences: int
 
 
 def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, workers: Workers) -> TrainingText:
@@ -213,25 +211,23 @@ def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, wor
         names.update(dict.fromkeys(labels))
         sentences += count
     if (follow := lines.parse_label.follow) is not None:
-        return TrainingText(words, Labels(tuple(follow.ids)), sentences)
+        return TrainingText(words, Labels(tuple(follow.ids)))
     if len(names) < 2:
         raise InputError(f"{lines.path}: " + (file_fault(lines.path) or f"all lines have the one label "
                                               f"{next(iter(names))!r}; a classifier needs two."))
     texts = (example.sentence for example in TsvReader(lines.path, lines.skip_bad_lines))
-    for warning in [swapped_columns(len(names), sentences, texts), unspaced_text(words, sentences),
-                    *label_warnings(tuple(names))]:
-        if warning:
-            logger.warning(warning)
-    return TrainingText(words, Labels(tuple(names)), sentences)
+    swapped = swapped_columns(len(names), sentences, texts)
+    for warning in filter(None, [swapped] if swapped else [unspaced_text(words, sentences), *label_warnings(names)]):
+        logger.warning(warning)
+    return TrainingText(words, Labels(tuple(names)))
 
 
 def count_block(lines: TsvReader, tokenizer: tuple[str, bool] | None,
                 block: tuple[int, bytes]) -> tuple[Counter[str], list[str], int]:
     """The words of a part of train.txt, its labels in order of first appearance, and the number of sentences."""
     first, raw = block
-    words: Counter[str] = Counter()
+    words, sentences = Counter[str](), 0
     split = word_tokenizer(*tokenizer) if tokenizer else lambda sentence: []
-    sentences = 0
     for example in lines.parse(io.BytesIO(raw), first):
         words.update(split(example.sentence))
         sentences += 1

@@ -145,7 +145,7 @@ def skipped(path: str | os.PathLike[str], report: SplitReport) -> str | None:
             + (file_fault(path) or "leave --skip_bad_lines out to see what is wrong with the first of them."))
 
 
-def label_warnings(names: Sequence[str]) -> list[str]:
+def label_warnings(names: Iterable[str]) -> list[str]:
     """The warnings about train.txt's classes: quotes round their names, and names that look alike."""
     warnings = []
     quoted = [name for name in names if len(name) > 1 and name[0] == name[-1] == '"']
