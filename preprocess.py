@@ -362,7 +362,6 @@ def tokenize_block(lines: TsvReader, stage: Path, info: EncodingInfo, block: tup
     """Encode a part of a file."""
     first, raw = block
     parser: LabelParser = lines.parse_label
-    parser.unknown.clear()
     tokenizer = load_tokenizer(stage, info)
     report = SplitReport(str(lines.path))
     tokens, lengths, targets, hashes, numbers = array("i"), array("q"), [], array("Q"), array("q")

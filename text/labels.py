@@ -122,7 +122,8 @@ class LabelParser:
         try:
             numbers = [float(part) for part in label.split()]
         except ValueError:
-            raise ValueError(f"the label {shorten(label)} is no row of logits, as the file's first one is.") from None
+            raise ValueError(
+                f"the label {shorten(label)} is not a row of logits, as the file's first one is.") from None
         if self.columns:
             self.order, self.columns = self.columns(), None
         if len(numbers) != len(self.ids):

@@ -58,7 +58,7 @@ def test_label_parser_class_ids() -> None:
 
 @pytest.mark.parametrize(("label", "says"), [
     ("1 2", "2 logits where label.txt names 3"), ("1 2 3 4", "4 logits"), ("1 nan 2", "not finite"),
-    ("1 inf 2", "not finite"), ("1 -3.5e38 2", "not finite"), ("a", "no row of logits"), ("1 2 x", "no row")])
+    ("1 inf 2", "not finite"), ("1 -3.5e38 2", "not finite"), ("a", "not a row of logits"), ("1 2 x", "not a row")])
 def test_label_parser_logits(label: str, says: str) -> None:
     parser = LabelParser(Labels(("a", "b", "c")))
     assert parser("1 -2.5 3e2") == [1.0, -2.5, 300.0] and parser.logits is True
@@ -75,7 +75,7 @@ def test_unknown_labels_where_they_are_allowed() -> None:
     assert len(parser.unknown) == NAMED  # memory does not grow with them
     logits = LabelParser(Labels(("a", "b")), unknown_allowed=True)
     assert logits("1 2") == [1.0, 2.0]
-    with pytest.raises(ValueError, match="no row of logits"):
+    with pytest.raises(ValueError, match="not a row of logits"):
         logits("oos")
 
 
