@@ -6,28 +6,26 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import kept_model
+from benchmarks.harness import figure
 from benchmarks.inference import Answer, Case, summarize, time_answers
-from benchmarks.measure import figure
-from benchmarks.recipes import TAUGHT, TEACHER, TEACHING
+from benchmarks.recipes import BY_ONE, TAUGHT, TEACHER
+from benchmarks.runs import kept_model
 from sentence_classifier.errors import InputError
 
 FORMS = ("PyTorch", "ONNX", "ONNX int8")
 AIMS = {"minilm-3-pruned": ("minilm-3-augmented", ">= 1.5")}  # how many times as fast in ONNX as which other
 
 
-def measure_chain(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model of --checkpoints that was trained on --data_dir: the teacher first, then its students."""
     source = Path(args.data_dir)
-    checkpoints = Path(args.checkpoints) if args.checkpoints else None
-    teacher = kept_model(checkpoints, source.name, TEACHER)
     sides: dict[str, Answer] = {}
     counts: dict[str, float] = {}
     megabytes: dict[str, float] = {}
-    models = {TEACHER: teacher}
-    for name in (name for name in TAUGHT if name not in TEACHING):  # those are others' students
+    models = {TEACHER: kept_model(args.checkpoints, source.name, TEACHER)}
+    for name in (name for name, by in TAUGHT.items() if by == BY_ONE):  # the others have more teachers
         try:
-            models[name] = kept_model(checkpoints, source.name, name)
+            models[name] = kept_model(args.checkpoints, source.name, name)
         except InputError:
             continue  # not trained: not measured
     for name, model in models.items():

@@ -14,11 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+from transformers import BertConfig, BertModel
 
 from benchmarks.finetune import BATCH_SIZE, CONFIG, make_classifier, prepare
-from benchmarks.measure import Sizes, figure, training_rate
-from benchmarks.stages import SPLITS, run_stage
+from benchmarks.harness import SPLITS, figure, rate_figure, run_stage
+from benchmarks.speed import training_rate
+from dataset import EncodedData, pad
+from pretrained.loading import load_pretrained
 from sentence_classifier.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -27,18 +31,11 @@ SENTENCES = 300  # that are answered one at a time
 WAYS = {"fp32": ("no", False), "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}  # precision, --compile
 
 
-def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second, milliseconds a sentence and the logits' distance from the CPU's, by model and way."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from dataset import EncodedData
-    from pretrained.loading import load_pretrained
-
     if not torch.cuda.is_available():
         raise InputError("benchmark.py gpu measures a CUDA device, and there is none.")
-    sizes: Sizes = args.sizes
-    name = args.bert_model_name_or_path
+    sizes, name = args.sizes, args.bert_model_name_or_path
     source, notes, flags = prepare(args, folder)
     run_stage("train.py", *flags, "--max_train_steps=1")
     resolved = json.loads((folder / "model.pt.train.json").read_text())
@@ -67,15 +64,12 @@ def measure_gpu(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         logger.info("[%s, %s] %s", label, way, ", ".join(f"{key} {value:.4g}" for key, value in got.items()))
     figures = []
     for label, ways in found.items():
-        base = ways["fp32"]
+        base, rates = ways["fp32"], {way: got["sentences_a_second"] for way, got in ways.items()}
         for way, got in ways.items():
             if got is not base:
-                figures += [
-                    figure(f"{label}, fine-tuning, {way} : fp32",
-                           got["sentences_a_second"] / base["sentences_a_second"], "",
-                           f"{got['sentences_a_second']:,.0f} : {base['sentences_a_second']:,.0f} sentences a second"),
-                    figure(f"{label}, a sentence, fp32 : {way}", base["median_ms"] / got["median_ms"], "",
-                           f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms")]
+                figures += [rate_figure(f"{label}, fine-tuning, ", rates, way, "fp32"),
+                            figure(f"{label}, a sentence, fp32 : {way}", base["median_ms"] / got["median_ms"], "",
+                                   f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms")]
             figures.append(figure(f"{label}, share of answers that are the CPU's in fp32, {way}", got["agreeing"],
                                   ">= 0.99", f"logits at most {got['distance']:.1e} apart"))
     notes += [f"{torch.cuda.get_device_name()}; {CONFIG.name}, data set {source.name}, batches of {BATCH_SIZE}; "
@@ -89,10 +83,6 @@ def answer(model: Any, rows: list[Any], precision: str, compiled: bool) -> dict[
     Returns:
         median_ms of a sentence, the share of equal answers, the largest difference of a logit.
     """
-    import torch
-
-    from dataset import pad
-
     batches = [pad([row]) for row in rows]
     model = model.cpu().eval()
     with torch.inference_mode():

@@ -1,5 +1,4 @@
-"""Answering one sentence at a time: PyTorch, ONNX Runtime and int8 against a plain session of a plain export; then cold
-starts and batches."""
+"""Answering one sentence at a time: PyTorch, ONNX Runtime, int8, against a plain session; cold starts and batches."""
 
 from __future__ import annotations
 
@@ -15,16 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import torch
 from tqdm import tqdm
 
-from benchmarks.accuracy import encoding_flags
-from benchmarks.measure import Sizes, figure, interleave
+from benchmarks.harness import SPLITS, encode, figure, interleave, is_trained, medians, rate_figure, run_stage
 from benchmarks.recipes import CONFIGS, RECIPES
-from benchmarks.stages import ROOT, SPLITS, encode, is_trained, run_stage
+from benchmarks.runs import encoding_flags
 from cli.config import encoded_kind, load_config
-from sentence_classifier.classifier import BUSY_WAIT
+from compression.quantization import quantize
+from dataset import pad
+from model import load_classifier
+from sentence_classifier.classifier import BUSY_WAIT, load
+from sentence_classifier.classifier import pad as pad_arrays
 from sentence_classifier.errors import InputError
+from sentence_classifier.tokenizers import SUBWORDS, make_tokenizer
 from text.lines import TsvReader
+from util import ROOT, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +46,9 @@ COLD_LIMITS = {"cnn": ("ONNX", 1.0), "minilm-cls": ("ONNX int8", 1.5)}  # second
 Answer = Callable[[str], int]
 
 
-def measure_inference(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Milliseconds a sentence of each model in each form, tokenization included; cold starts; sentences a second."""
-    sizes: Sizes = args.sizes
+    rounds = args.sizes.rounds
     source = Path(args.data_dir)
     notes = [f"data set {source.name}, test sentences one at a time on {args.num_threads} threads, medians; plain "
              "ONNX: torch.onnx.export with dynamic sizes, in a session with the default options"]
@@ -53,22 +59,18 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         case.prepare()
         sides = case.sides()
         counts = case.accuracies(sides)  # warms up, too
-        times = time_answers(sides, case.sentences, sizes.rounds, name)
-        rows = summarize(times, counts)
+        rows = summarize(time_answers(sides, case.sentences, rounds, name), counts)
         points += [{"model": name, "form": side, **row} for side, row in rows.items()]
         figures += ratios(name, rows)
-        batches[name] = case.batches(sizes.rounds)
+        batches[name] = case.batches(rounds)
         if name in COLD_LIMITS:
-            cold[name] = case.cold_starts(sizes.rounds)
+            cold[name] = case.cold_starts(rounds)
     for name, seconds in cold.items():
         form, limit = COLD_LIMITS[name]
         figures.append(figure(f"{name}, {form}, cold start : {limit:g} s", seconds[form] / limit, "<= 1",
                               f"{seconds[form]:.2f} s, by PyTorch {seconds['PyTorch']:.2f} s"))
     for name, rates in batches.items():
-        one = rates["ONNX, one at a time"]
-        figures += [figure(f"{name}, {side} : ONNX, one at a time", rate / one, "",
-                           f"{rate:,.0f} : {one:,.0f} sentences a second")
-                    for side, rate in rates.items() if side != "ONNX, one at a time"]
+        figures += [rate_figure(f"{name}, ", rates, side, "ONNX, one at a time") for side in list(rates)[1:]]
     return {"notes": notes, "figures": figures, "points": points, "cold_seconds": cold, "sentences_a_second": batches,
             "threads": args.num_threads}
 
@@ -82,20 +84,16 @@ def summarize(times: dict[str, list[float]], counts: dict[str, float]) -> dict[s
 def ratios(name: str, rows: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """How many times as fast as the plain session each form is."""
     plain = rows[PLAIN]
-    sides = [side for side in rows if side != PLAIN]
-    best = min(sides, key=lambda side: rows[side]["median_ms"])
-
-    def row(side: str, shown: str) -> dict[str, Any]:
-        mine = rows[side]
-        means = plain["mean_ms"] / mine["mean_ms"]
-        return figure(f"{name}, {PLAIN} : {shown}", plain["median_ms"] / mine["median_ms"], AIMS[name].get(shown, ""),
-                      f"{plain['median_ms']:.3f} : {mine['median_ms']:.3f} ms; by means {means:.2f}; accuracy "
-                      f"{100 * plain['accuracy']:.2f} : {100 * mine['accuracy']:.2f} %")
-
-    made = [row(side, side) for side in sides]
+    shown = {side: side for side in rows if side != PLAIN}
     if "best" in AIMS[name]:
-        made.append({**row(best, "best"), "measured": f"{name}, {PLAIN} : the best of these, {best}"})
-    return made
+        best = min(shown, key=lambda side: rows[side]["median_ms"])
+        shown[f"the best of these, {best}"] = best
+    return [figure(f"{name}, {PLAIN} : {words}", plain["median_ms"] / rows[side]["median_ms"],
+                   AIMS[name].get(words if words == side else "best", ""),
+                   f"{plain['median_ms']:.3f} : {rows[side]['median_ms']:.3f} ms; by means "
+                   f"{plain['mean_ms'] / rows[side]['mean_ms']:.2f}; accuracy "
+                   f"{100 * plain['accuracy']:.2f} : {100 * rows[side]['accuracy']:.2f} %")
+            for words, side in shown.items()]
 
 
 class Case:
@@ -110,11 +108,8 @@ class Case:
 
     def __init__(self, name: str, args: argparse.Namespace, source: Path, folder: Path,
                  model: Path | None = None) -> None:
-        self.name = name
-        self.args = args
-        self.folder = folder
-        self.source = source
-        self.data = folder / "data"
+        self.name, self.args, self.source = name, args, source
+        self.folder, self.data = folder, folder / "data"
         self.model = model or Path(args.checkpoints or folder) / f"{name}.pt"
         self.onnx, self.int8 = folder / "model.onnx", folder / "model.int8.onnx"
         examples = list(TsvReader(source / SPLITS[2]))[: args.sizes.sentences]
@@ -125,8 +120,7 @@ class Case:
     def prepare(self) -> None:
         """Encode, train where --checkpoints has no model yet, export."""
         config = CONFIGS[self.name]
-        encoding = encoding_flags(self.source.name, load_config(config), self.args.embedding_path,
-                                  self.args.bert_model_name_or_path)
+        encoding = encoding_flags(self.args, self.source.name, self.name)
         encode(self.source, self.data, config, *encoding)
         common = (f"--config={config}", f"--data_dir={self.data}")
         if is_trained(self.model):
@@ -142,22 +136,13 @@ class Case:
         config = CONFIGS[self.name]
         pretrained = [f"--bert_model_name_or_path={self.args.bert_model_name_or_path}"]
         run_stage("train.py", f"--config={config}", f"--data_dir={self.data}", *RECIPES["snips", self.name][0].split(),
-                  *(pretrained if encoded_kind(load_config(config)) == "fs" else []), "--seed=1", *flags,
+                  *(pretrained if encoded_kind(load_config(config)) == SUBWORDS else []), "--seed=1", *flags,
                   *self.args.sizes.train_flags.split(), "--resume", f"--save_path={path}",
                   f"--log_dir={self.folder / 'runs'}", f"--log_path={self.folder / 'train.log'}",
                   f"--bert_output_dir={self.folder / path.stem}")
 
     def sides(self) -> dict[str, Answer]:
         """A function from a sentence to its class id for each form."""
-        import torch
-
-        from compression.quantization import quantize
-        from dataset import pad
-        from model import load_classifier
-        from sentence_classifier.classifier import load
-        from sentence_classifier.tokenizers import make_tokenizer
-        from util import load_checkpoint
-
         torch.set_num_threads(self.args.num_threads)
         checkpoint = load_checkpoint(self.model)
         tokenizer = make_tokenizer(checkpoint.run.vocabulary, checkpoint.run.encoding)
@@ -193,26 +178,21 @@ class Case:
 
     def batches(self, rounds: int) -> dict[str, float]:
         """Sentences a second in batches of 64 of like length, beside one at a time and beside OpenVINO's."""
-        from sentence_classifier.classifier import load
-
         exact, int8 = load(self.onnx, self.args.num_threads), load(self.int8, self.args.num_threads)
+        runs: dict[str, Callable[[], Any]] = {
+            "ONNX, one at a time": lambda: [exact.predict(sentence) for sentence in self.sentences],
+            "ONNX, batches of 64": lambda: exact.predict(self.sentences, batch_size=64),
+            "ONNX int8, batches of 64": lambda: int8.predict(self.sentences, batch_size=64)}
+        if other := openvino_batches(self.folder / "plain.onnx", exact.tokenizer, self.args.num_threads):
+            runs["OpenVINO on the plain export, one at a time"] = partial(other, self.sentences, 1)
+            runs["OpenVINO on the plain export, batches of 64"] = partial(other, self.sentences, 64)
 
-        def rate(run: Callable[[], Any]) -> Callable[[], float]:
-            def measure() -> float:
-                begin = time.perf_counter()
-                run()
-                return len(self.sentences) / (time.perf_counter() - begin)
+        def rate(run: Callable[[], Any]) -> float:
+            begin = time.perf_counter()
+            run()
+            return len(self.sentences) / (time.perf_counter() - begin)
 
-            return measure
-
-        sides = {"ONNX, one at a time": rate(lambda: [exact.predict(sentence) for sentence in self.sentences]),
-                 "ONNX, batches of 64": rate(lambda: exact.predict(self.sentences, batch_size=64)),
-                 "ONNX int8, batches of 64": rate(lambda: int8.predict(self.sentences, batch_size=64))}
-        other = openvino_batches(self.folder / "plain.onnx", exact.tokenizer, self.args.num_threads)
-        if other:
-            sides["OpenVINO on the plain export, one at a time"] = rate(lambda: other(self.sentences, 1))
-            sides["OpenVINO on the plain export, batches of 64"] = rate(lambda: other(self.sentences, 64))
-        return {side: statistics.median(values) for side, values in interleave(sides, rounds, warm_up=True).items()}
+        return medians(interleave({side: partial(rate, run) for side, run in runs.items()}, rounds, warm_up=True))
 
     def cold_starts(self, rounds: int) -> dict[str, float]:
         """Seconds from the shell to the answer to one sentence: the whole process."""
@@ -229,8 +209,8 @@ class Case:
                 raise InputError(f"evaluate.py ended with exit status {done.returncode}; its message stands above.")
             return time.perf_counter() - begin
 
-        sides: dict[str, Callable[[], float]] = {way: partial(start, flags) for way, flags in ways.items()}
-        return {way: statistics.median(values) for way, values in interleave(sides, rounds, warm_up=True).items()}
+        sides = {way: partial(start, flags) for way, flags in ways.items()}
+        return medians(interleave(sides, rounds, warm_up=True))
 
 
 def time_answers(sides: dict[str, Answer], sentences: list[str], rounds: int, shown: str) -> dict[str, list[float]]:
@@ -257,9 +237,6 @@ def time_answers(sides: dict[str, Answer], sentences: list[str], rounds: int, sh
 
 def plain_session(model: Any, path: Path, num_threads: int) -> Any:
     """What somebody would do by hand: torch's exporter with dynamic sizes, a session with the default options."""
-    import onnxruntime
-    import torch
-
     ids = torch.arange(1, 22).view(3, 7)
     mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -279,8 +256,6 @@ def openvino_batches(path: Path, tokenizer: Any, num_threads: int) -> Callable[[
     except ImportError:
         logger.warning("[OpenVINO is not installed: pip install openvino==2026.4.1 to measure it, too]")
         return None
-    from sentence_classifier.classifier import pad
-
     core = openvino.Core()
     compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": num_threads,
                                                      "PERFORMANCE_HINT": "LATENCY"})
@@ -289,7 +264,7 @@ def openvino_batches(path: Path, tokenizer: Any, num_threads: int) -> Callable[[
         rows = [row for row, _ in tokenizer.encode_batch(sentences)]
         order = np.argsort([-len(row) for row in rows], kind="stable")
         for start in range(0, len(rows), size):
-            ids, mask = pad([rows[i] for i in order[start : start + size]])
+            ids, mask = pad_arrays([rows[i] for i in order[start : start + size]])
             compiled({"input_ids": ids, "attention_mask": mask})
 
     return run

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+from transformers import BertConfig, BertModel
 
-from benchmarks.measure import Sizes, figure
-from benchmarks.stages import ROOT
-from sentence_classifier.errors import InputError
+from benchmarks.harness import figure, launch
+from model import build_model, parameter_groups
+from pretrained.loading import TransformerEmbedding
+from training.distributed import make_accelerator, prepare
 
 PROCESSES, STEPS = 2, 2
 STAGES = (0, 1, 2, 3)
 
 
-def measure_zero(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Bytes of optimizer state and peak memory, each stage in processes of its own."""
-    sizes: Sizes = args.sizes
-    found = {stage: _in_processes(stage, sizes.layers) for stage in tqdm(STAGES, unit="stage", disable=None)}
+    found = {stage: _in_processes(stage, args.sizes.layers) for stage in tqdm(STAGES, unit="stage", disable=None)}
     whole = found[0]
-    figures = [figure(f"optimizer state of a process, ZeRO stage {stage} to no DeepSpeed",
-                      found[stage]["state"] / whole["state"], f"<= {1.1 / PROCESSES}",
-                      f"{found[stage]['state'] / 1e6:.0f} to {whole['state'] / 1e6:.0f} MB")
-               for stage in STAGES[1:]]
-    figures += [figure(f"peak resident memory of a process, stage {stage} to no DeepSpeed",
-                       found[stage]["peak"] / whole["peak"], "",
-                       f"{found[stage]['peak'] / 1e6:.0f} to {whole['peak'] / 1e6:.0f} MB") for stage in STAGES[1:]]
+    figures = [figure(f"{what} of a process, ZeRO stage {stage} to no DeepSpeed", found[stage][key] / whole[key], aim,
+                      f"{found[stage][key] / 1e6:.0f} to {whole[key] / 1e6:.0f} MB")
+               for key, what, aim in (("state", "optimizer state", f"<= {1.1 / PROCESSES}"),
+                                      ("peak", "peak resident memory", "")) for stage in STAGES[1:]]
     notes = [f"a random BERT with {whole['parameters'] / 1e6:.0f} M parameters, {PROCESSES} processes, {STEPS} steps "
              "in fp32 on the CPU; of the processes the one that takes more"]
     return {"figures": figures, "notes": notes, "stages": found}
@@ -41,25 +38,14 @@ def measure_zero(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _in_processes(stage: int, layers: int) -> dict[str, int]:
     """The most that a process took."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m",
-               "benchmarks.zero", str(stage), str(layers)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    rows = [json.loads(row) for row in re.findall("{.*?}", done.stdout)]  # two may have got into a line
-    if done.returncode or len(rows) != PROCESSES:
-        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
+    _, _, printed = launch("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m",
+                           "benchmarks.zero", str(stage), str(layers))
+    rows = [json.loads(row) for row in re.findall("{.*?}", printed)]  # two may have got into a line
     return {key: max(row[key] for row in rows) for key in rows[0]}
 
 
 def work(stage: int, layers: int) -> None:
     """Train a few steps and print what this process took."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from model import build_model, parameter_groups
-    from pretrained.loading import TransformerEmbedding
-    from training.distributed import make_accelerator, prepare
-
     flags = argparse.Namespace(zero_stage=stage, offload_optimizer=None, batch_size=1, gradient_accumulation_steps=1,
                                max_grad_norm=1.0, compile=False, enable_qat=False, enable_qat_fx=False,
                                enable_diffq=False, ema_decay=0.0, lora_r=None)

@@ -265,7 +265,7 @@ def test_files_of_a_run(encoded: Place, caplog: pytest.LogCaptureFixture) -> Non
     assert found["flags"]["lr"] == 0.02 and found["best"]["valid_loss"] == min(
         point["valid_loss"] for point in found["history"])
     log = (encoded.root / "train.log").read_text()
-    assert log.count("train loss") == len(found["history"]) == 2 and "[best model]" in log
+    assert log.count("train loss") == len(found["history"]) == 2 and "[best model]" in log and found["seconds"] > 0
 
 
 def test_tensorboard_curves(encoded: Place) -> None:

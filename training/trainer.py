@@ -326,7 +326,8 @@ class Trainer:
                 self.train_epoch(bar)
         finally:
             bar.close()
-        logger.info("[trained %d steps in %.1f s]", self.progress.step, time.time() - started)
+        self.notes["seconds"] = time.time() - started
+        logger.info("[trained %d steps in %.1f s]", self.progress.step, self.notes["seconds"])
         return self.progress.best
 
     def train_epoch(self, bar: tqdm) -> None:

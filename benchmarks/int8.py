@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.harness import figure, interleave, is_trained, medians, run_stage
 from benchmarks.inference import Case
-from benchmarks.measure import figure, interleave
-from benchmarks.stages import is_trained, run_stage
+from util import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +21,7 @@ THREADS = (1, 2, 4)
 FP32 = "PyTorch"
 
 
-def measure_ways(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Accuracy, milliseconds a sentence and megabytes by model and way, each in a process of its own."""
     source = Path(args.data_dir)
     figures: list[dict[str, Any]] = []
@@ -51,18 +49,15 @@ def measure_ways(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def train_each_way(case: Case) -> dict[str, Path]:
     """One epoch more of the fp32 model with --enable_qat, and with --enable_diffq; kept beside it."""
-    models = {}
-    for way in ("qat", "diffq"):
-        models[way] = case.model.with_name(f"{case.name}-{way}.pt")
-        if not is_trained(models[way]):
-            case.train(models[way], "--rdrop=0", "--epoch=1", f"--enable_{way}", f"--restore_path={case.model}")
+    models = {way: case.model.with_name(f"{case.name}-{way}.pt") for way in ("qat", "diffq")}
+    for way, path in models.items():
+        if not is_trained(path):
+            case.train(path, "--rdrop=0", "--epoch=1", f"--enable_{way}", f"--restore_path={case.model}")
     return models
 
 
 def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str, float]]:
     """Figures by way, the fp32 model first."""
-    from util import load_checkpoint
-
     threads = f"--num_threads={case.args.num_threads}"
     by_scales = case.folder / "model.qat.onnx"
     run_stage("evaluate.py", f"--model_path={trained['qat']}", f"--data_dir={case.data}", "--convert_onnx",
@@ -85,23 +80,22 @@ def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str,
         size = path.stat().st_size / 1e6
         if way == "DiffQ":
             size = (load_checkpoint(path).quantization or {})["size_mb"] * 2**20 / 1e6
-        found[way] = {"accuracy": got["accuracy"], "median_ms": got["timing"]["median_ms"],
-                      "mean_ms": got["timing"]["mean_ms"], "mb": size,
-                      **({"changed": got["changed"]} if "changed" in got else {})}
+        timing = {key: got["timing"][key] for key in ("median_ms", "mean_ms")}
+        found[way] = {"accuracy": got["accuracy"], **timing, "mb": size,
+                      **{key: got[key] for key in ("changed",) if key in got}}
         logger.info("[%s, %s] %s", case.name, way, found[way])
     return found
 
 
 def time_threads(case: Case, path: Path) -> dict[int, float]:
     """Median milliseconds a sentence of an ONNX file by the number of threads."""
-    onnx = ["--enable_ort", f"--onnx_path={path}"]
 
-    def measure(threads: int) -> float:
-        return evaluate(case, path, *onnx, f"--num_threads={threads}")["timing"]["median_ms"]
+    def milliseconds(threads: int) -> float:
+        flags = ("--enable_ort", f"--onnx_path={path}", f"--num_threads={threads}")
+        return evaluate(case, path, *flags)["timing"]["median_ms"]
 
-    sides: dict[str, Callable[[], float]] = {str(threads): partial(measure, threads) for threads in THREADS}
-    return {int(side): statistics.median(values)
-            for side, values in interleave(sides, case.args.sizes.rounds, warm_up=False).items()}
+    sides = {str(threads): partial(milliseconds, threads) for threads in THREADS}
+    return {int(side): ms for side, ms in medians(interleave(sides, case.args.sizes.rounds, warm_up=False)).items()}
 
 
 def evaluate(case: Case, path: Path, *flags: str) -> dict[str, Any]:

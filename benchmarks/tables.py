@@ -1,0 +1,238 @@
+"""The tables of what benchmark.py measured, on standard output and in the documents, which are kept current.
+
+In a document, a table stands between two lines, and what is written between them by hand is lost:
+
+    <!-- table NAME -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import HELD_OUT, newest_rows
+from benchmarks.baselines import BASELINES
+from benchmarks.harness import GLOVE_WORDS, read_results
+from cli.flags import did_you_mean
+from sentence_classifier.errors import InputError
+from util import ROOT, atomic_write
+
+RESULTS = ROOT / "results"
+START, END = re.compile(r"<!-- table (\S+) -->"), "<!-- end -->"
+FORMS = ("ONNX int8", "ONNX")  # that the overview shows
+TAUGHT_BY = ", taught by MiniLM"
+# The overview's rows: what is shown, the model of the accuracy table, and the network (a taught one is as fast).
+OVERVIEW = [("GNB", "gnb", "gnb"), ("CNN", "cnn", "cnn"), (f"CNN{TAUGHT_BY}", "cnn-taught", "cnn"),
+            ("DenseNet-CNN", "densenet-cnn", "densenet-cnn"), ("DenseNet-DSA", "densenet-dsa", "densenet-dsa"),
+            (f"DenseNet-DSA{TAUGHT_BY}", "densenet-dsa-taught", "densenet-dsa"),
+            ("MiniLM", "minilm-cls", "minilm-cls"), *((name, name, name) for name in BASELINES)]
+
+
+def table(name: str, results: Path = RESULTS) -> str:
+    """One of TABLES in Markdown, with a line on what was measured.
+
+    Raises:
+        InputError: there is no such table, or its results are missing.
+    """
+    if name not in TABLES:
+        raise InputError(f"there is no table {name!r}{did_you_mean(name, TABLES)}; there are {', '.join(TABLES)}.")
+    return TABLES[name](results)
+
+
+def update_documents(paths: Iterable[Path], results: Path = RESULTS) -> list[Path]:
+    """Write the tables between the marks of some documents anew. Returns the documents that changed."""
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    new = {path: with_tables(path, text, results) for path, text in texts.items()}
+    changed = [path for path in texts if new[path] != texts[path]]
+    for path in changed:
+        with atomic_write(path) as file:
+            file.write(new[path])
+    return changed
+
+
+def with_tables(path: Path, text: str, results: Path = RESULTS) -> str:
+    """A document's text with its tables as `results` has them.
+
+    Raises:
+        InputError: a mark names no table, or has no end.
+    """
+    lines: list[str] = []
+    opened = 0
+    for number, line in enumerate(text.split("\n"), 1):
+        start = START.fullmatch(line.strip())
+        if (start and opened) or (line.strip() == END and not opened):
+            raise InputError(f"{path}, line {number}: each <!-- table NAME --> needs one {END} after it, and here is "
+                             f"{'no end before the next' if start else 'an end without a start'}.")
+        if line.strip() == END:
+            opened = 0
+        if not opened:
+            lines.append(line)
+        if start:
+            opened = number
+            try:
+                lines += ["", table(start[1], results).strip("\n"), ""]
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+    if opened:
+        raise InputError(f"{path}, line {opened}: the table that begins here has no {END}.")
+    return "\n".join(lines)
+
+
+def markdown(head: list[str], rows: list[list[str]], *notes: str) -> str:
+    """A Markdown table, and notes under it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+# --------------------------------------------------------------------------------------------- a measurement's table
+
+
+def ratios(name: str, results: Path) -> str:
+    """The ratios of one measurement and what they were made of."""
+    with read_results(results / f"{name}.json") as found:
+        rows = [[row["measured"], number(row["ratio"]), row["beside"]] for row in found["figures"]]
+        return markdown(["measured", "ratio", "absolute"], rows, "; ".join(found["notes"]))
+
+
+def by_model(name: str, results: Path) -> str:
+    """A column a model: how each form of it answers, then batches, cold starts and threads where they were measured."""
+    cells: dict[str, dict[str, str]] = {}
+
+    def add(row: str, model: str, cell: str) -> None:
+        cells.setdefault(row, {})[model] = cell
+
+    with read_results(results / f"{name}.json") as found:
+        points = found.get("points") or [{"model": model, "form": form, **got}
+                                         for model, forms in found["ways"].items() for form, got in forms.items()]
+        for point in points:
+            size = f", {point['mb']:.0f} MB" if "mb" in point else ""
+            add(point["form"], point["model"],
+                f"{number(point['median_ms'])} ms, {100 * point['accuracy']:.2f} %{size}")
+        for model, rates in found.get("sentences_a_second", {}).items():
+            for form, rate in rates.items():
+                add(form, model, f"{rate:,.0f} a second")
+        for model, starts in found.get("cold_seconds", {}).items():
+            for form, seconds in starts.items():
+                add(f"{form}, cold start", model, f"{seconds:.2f} s")
+        for side, times in (found["threads"] if name == "int8" else {}).items():
+            model, _, form = side.partition(", ")
+            for threads, time in times.items():
+                add(f"{form}, {threads} thread{'s' * (threads != '1')}", model, f"{number(time)} ms")
+        models = list(dict.fromkeys(point["model"] for point in points))
+        rows = [[row, *(of.get(model, "") for model in models)] for row, of in cells.items()]
+        return markdown(["a sentence", *models], rows, "; ".join(found["notes"]))
+
+
+# ----------------------------------------------------------------------------------------------------------- accuracy
+
+
+def by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
+    """Accuracies in percent, a seed each, by model and data set."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["data_set"]), []).append(100 * row["accuracy"])
+    return cells
+
+
+def accuracy(results: Path) -> str:
+    """The accuracy of each model on each data set: the mean, and each seed in brackets."""
+    with read_results(results / "accuracy.json"):
+        rows = newest_rows(results / "accuracy.json")
+        cells = by_cell(rows)
+        data_sets = list(dict.fromkeys(data_set for _, data_set in cells))
+        made = [[model] for model in dict.fromkeys(model for model, _ in cells)]
+        for line in made:
+            for found in (cells.get((line[0], data_set), []) for data_set in data_sets):
+                each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
+                line.append(f"{statistics.mean(found):.2f}{each}" if found else "")
+        return markdown(["accuracy, %", *data_sets], made, caption(rows))
+
+
+def accuracy_on(data_set: str, results: Path) -> str:
+    """The accuracy of each model on one data set: the mean, and each seed."""
+    with read_results(results / "accuracy.json"):
+        cells = by_cell(newest_rows(results / "accuracy.json"))
+    rows = [[model, f"{statistics.mean(found):.2f}", ", ".join(f"{one:.2f}" for one in found)]
+            for (model, one), found in cells.items() if one == data_set]
+    return markdown(["model", "accuracy, %", "seeds"], rows)
+
+
+def caption(rows: list[dict[str, Any]]) -> str:
+    """What a reader of the accuracy table has to know."""
+    said = ["Accuracy on test.txt, mean of the seeds (each in brackets)."]
+    if any(row["data_set"].endswith(HELD_OUT) for row in rows):
+        said.append("Held out: each fold of train.txt in turn, in the place of test.txt.")
+    for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"] or 0) for row in rows
+                               if "embedding" in row}):
+        if words and words < 100_000:
+            said.append(f"{name}: a subset of {words:,} words; the whole GloVe 6B has {GLOVE_WORDS:,}.")
+        elif name != "none":
+            said.append(f"Word vectors: {name}, {words:,} words." if words else f"The transformer: {name}.")
+    return " ".join(said)
+
+
+def overview(results: Path) -> str:
+    """The main models: accuracy, milliseconds and megabytes."""
+    rows = [[shown, *(f"{on[data_set]:.2f}" if data_set in on else "" for data_set in ("snips", "sst2")),
+             " / ".join(f"{one:.2g}" for one in ms), " / ".join(f"{one:.0f}" for one in mb)]
+            for shown, on, ms, mb in overview_rows(results)]
+    return markdown(["model", "Snips, %", "SST-2, %", "ms a sentence", "MB"], rows,
+                    "Accuracy on test, mean of the seeds. Milliseconds: one sentence of Snips at a time, from raw "
+                    "text, on two CPU cores; two figures: ONNX in int8 / in fp32; one: as trained. A taught network is "
+                    "as fast and as large as the same one untaught.")
+
+
+def overview_rows(results: Path) -> list[tuple[str, dict[str, float], list[float], list[float]]]:
+    """What is shown, accuracies in percent by data set, milliseconds and megabytes: in int8 and fp32, or as trained."""
+    times: dict[str, dict[str, float]] = {}
+    sizes: dict[tuple[str, str], float] = {}
+    with read_results(results / "accuracy.json"):
+        rows = newest_rows(results / "accuracy.json")
+        cells = by_cell(rows)
+        for model in (model for model, data_set in cells if data_set == "snips"):
+            own = [row["ms"] for row in rows if (row["model"], row["data_set"]) == (model, "snips")]
+            times[model] = {"as trained": statistics.median(own)}
+    if (path := results / "inference.json").exists():
+        with read_results(path) as found:
+            for point in found["points"]:
+                if point["form"] in FORMS:
+                    times.setdefault(point["model"], {})[point["form"]] = point["median_ms"]
+    if (path := results / "int8.json").exists():
+        with read_results(path) as found:
+            sizes = {(model, form): got["mb"] for model, forms in found["ways"].items() for form, got in forms.items()}
+    made = []
+    for shown, model, network in OVERVIEW:
+        accuracies = {data_set: statistics.mean(found) for (one, data_set), found in cells.items() if one == model}
+        of = times.get(network, {})
+        forms = [form for form in FORMS if form in of]
+        if accuracies:
+            made.append((shown, accuracies, [of[form] for form in forms] or list(of.values()),
+                         [sizes[network, form] for form in forms if (network, form) in sizes]))
+    return made
+
+
+def commands(results: Path) -> str:
+    """What the word-vector commands of the original's README end with, typed as they stand."""
+    with read_results(results / "commands.json") as found:
+        rows = [[f"`{row['commands'][1].removeprefix('python ')}`", row["vectors"].partition(".txt")[0],
+                 " ".join(map(str, row["exit_statuses"])),
+                 *(f"{100 * row[key]:.2f}" for key in ("valid_accuracy", "accuracy"))] for row in found["rows"]]
+        return markdown(["command", "word vectors", "exit statuses", "valid, %", "test, %"], rows, found["about"])
+
+
+FIGURES = ("speed", "vectors", "memory", "augment", "finetune", "scale", "zero", "gpu")
+TABLES: dict[str, Callable[[Path], str]] = {
+    "overview": overview, "accuracy": accuracy, "accuracy-snips": partial(accuracy_on, "snips"),
+    "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,
+    **{name: partial(ratios, name) for name in FIGURES},
+    **{name: partial(by_model, name) for name in ("inference", "chain", "int8")}}
