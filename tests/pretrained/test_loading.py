@@ -23,9 +23,16 @@ from dataset import EncodedData, pad
 from model import build_model, load_classifier, parameter_groups
 from pretrained.layout import layer_lists, layer_parts
 from pretrained.loading import TransformerEmbedding, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
-from text.lines import MASK, SubwordTokenizer, WordTokenizer, make_tokenizer
+from sentence_classifier.tokenizers import (
+    MASK,
+    SUBWORDS,
+    SubwordTokenizer,
+    TokenizerInfo,
+    WordTokenizer,
+    make_tokenizer,
+)
 from training.speedups import FastDropout, PartialEmbedding
-from util import load_checkpoint, save_checkpoint
+from util import load_checkpoint
 
 # A model of each way in which architectures differ; the matrix has them all.
 SLICE = [("BERT", "cls"), ("BERT", "gnb"), ("BERT", "densenet-cnn"), ("BERT", "densenet-dsa"), ("RoBERTa", "cnn"),
@@ -141,14 +148,18 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str,
     return {name: (tokenizer_text(tokenizer), tokenizer) for name, tokenizer in made.items()}
 
 
+def subwords(text: str, **info: Any) -> SubwordTokenizer:
+    return SubwordTokenizer(text, TokenizerInfo(kind=SUBWORDS, **{"n_ctx": 99, **info}))
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_ids_are_the_tokenizers_own(tokenizers: dict[str, tuple[str, Any]], name: str) -> None:
     text, tokenizer = tokenizers[name]
-    encoder = SubwordTokenizer(text, {"n_ctx": 50, "mask_token": tokenizer.mask_token})
+    encoder = subwords(text, n_ctx=50, mask_token=tokenizer.mask_token)
     for sentence in ("call my mother", "Zoë plays  naïve jazz?!", "\u3042"):
         assert encoder(sentence) == tokenizer(sentence)["input_ids"]
     for n_ctx in (3, 5, 8):  # truncated sentences keep their special tokens
-        encoder = SubwordTokenizer(text, {"n_ctx": n_ctx, "mask_token": tokenizer.mask_token})
+        encoder = subwords(text, n_ctx=n_ctx, mask_token=tokenizer.mask_token)
         sentence = "please wake me at half past six tomorrow morning"
         ids, length = encoder.tokenize_batch([sentence])[0]
         assert ids == tokenizer(sentence, truncation=True, max_length=n_ctx)["input_ids"]
@@ -158,7 +169,7 @@ def test_ids_are_the_tokenizers_own(tokenizers: dict[str, tuple[str, Any]], name
 @pytest.mark.parametrize("name", KINDS)
 def test_text_never_becomes_a_special_token(tokenizers: dict[str, tuple[str, Any]], name: str) -> None:
     text, tokenizer = tokenizers[name]
-    encoder = SubwordTokenizer(text, {"n_ctx": 99, "mask_token": tokenizer.mask_token})
+    encoder = subwords(text, mask_token=tokenizer.mask_token)
     bare = set(encoder("call me")) & set(tokenizer.all_special_ids)
     for token in tokenizer.all_special_tokens:
         if token not in ("<unk>", "[UNK]"):
@@ -168,19 +179,19 @@ def test_text_never_becomes_a_special_token(tokenizers: dict[str, tuple[str, Any
 @pytest.mark.parametrize("name", ["BERT", "RoBERTa", "ALBERT"])
 def test_the_mask_of_augmented_text(tokenizers: dict[str, tuple[str, Any]], name: str) -> None:
     text, tokenizer = tokenizers[name]
-    facts = {"n_ctx": 99, "mask_token": tokenizer.mask_token}
-    assert tokenizer.mask_token_id not in SubwordTokenizer(text, facts)("call [MASK] now")
-    assert SubwordTokenizer(text, {**facts, "augmented": True})("call [MASK] now").count(tokenizer.mask_token_id) == 1
+    mask = tokenizer.mask_token
+    assert tokenizer.mask_token_id not in subwords(text, mask_token=mask)("call [MASK] now")
+    assert subwords(text, mask_token=mask, augmented=True)("call [MASK] now").count(tokenizer.mask_token_id) == 1
 
 
 def test_a_sentence_without_tokens(tokenizers: dict[str, tuple[str, Any]]) -> None:
-    assert len(SubwordTokenizer(tokenizers["T5"][0], {"n_ctx": 9, "mask_token": None})("\u200b")) >= 1
-    assert len(SubwordTokenizer(tokenizers["GPT-2"][0], {"n_ctx": 9, "mask_token": None})("")) == 1
+    assert len(subwords(tokenizers["T5"][0], n_ctx=9)("\u200b")) >= 1
+    assert len(subwords(tokenizers["GPT-2"][0], n_ctx=9)("")) == 1
 
 
 def test_n_ctx_below_the_special_tokens(tokenizers: dict[str, tuple[str, Any]]) -> None:
     with pytest.raises(Exception, match="adds 2 special tokens"):
-        SubwordTokenizer(tokenizers["BERT"][0], {"n_ctx": 2, "mask_token": None})
+        subwords(tokenizers["BERT"][0], n_ctx=2)
 
 
 def test_augmented_data(bert: Case) -> None:
@@ -285,13 +296,6 @@ def test_resume_and_seed(bert: Case) -> None:
         patch.setattr(trainer.Trainer, "evaluate_and_save", killed)
         with pytest.raises(Killed):
             train.main(one)
-    place = Path(f"{path}.state")
-    state, kept = load_checkpoint(place), place.read_bytes()
-    moments = state["optimizer"]["state"][0]
-    save_checkpoint({**state, "optimizer": {**state["optimizer"], "state": {
-        0: {**moments, "exp_avg": torch.cat([moments["exp_avg"]] * 2)}}}}, place)
-    assert "earlier version" in refusal(train.main, *one, "--resume")  # a whole token table's
-    place.write_bytes(kept)
     train.main([*one, "--resume"])
     assert same_weights(path, bert.root / "whole.pt")
 
