@@ -180,8 +180,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], li
 
 def make_classifier(transformer: Any, config: dict[str, Any], data: Any) -> Any:
     """An untrained classifier of encoded data on a transformer."""
-    from model import build_model
-    from pretrained.loading import TransformerEmbedding, classification_token
+    from model import TransformerEmbedding, build_model
+    from pretrained.checks import classification_token
 
     classify_by = classification_token(transformer, data.encoding.leading_special)
     return build_model(config, len(data.labels), TransformerEmbedding(transformer, classify_by))

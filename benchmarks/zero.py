@@ -56,9 +56,9 @@ def work(stage: int, layers: int) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from model import build_model, parameter_groups
-    from pretrained.loading import TransformerEmbedding
+    from model import TransformerEmbedding, build_model
     from training.distributed import make_accelerator, prepare
+    from training.losses import parameter_groups
 
     flags = argparse.Namespace(zero_stage=stage, offload_optimizer=None, batch_size=1, gradient_accumulation_steps=1,
                                max_grad_norm=1.0, compile=False, enable_qat=False, enable_qat_fx=False,

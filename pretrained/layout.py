@@ -1,7 +1,4 @@
-"""Where a pretrained transformer's layers, heads and feed-forward units are.
-
-As in transformer.py, nothing goes by a model's name.
-"""
+"""Where a pretrained transformer's layers, heads and feed-forward units are."""
 
 from __future__ import annotations
 
@@ -11,10 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from sentence_classifier.errors import InputError
+from util import IDENTITY, RUN_ID
 
 # In a pruned transformer's config.json: the heads of each layer. Its num_attention_heads stays what it was, since
 # transformers' models take the size of a head from it; the width of the feed-forward part has a key of their own.
 NUM_HEADS = "classifier_num_heads"
+
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """What a transformers config says of the model's architecture, and not of where it came from."""
+    passing = ("_name_or_path", "id2label", "label2id", RUN_ID, IDENTITY, "architectures", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in passing}
 
 
 # ---------------------------------------------------------------------------------------------------------- layers

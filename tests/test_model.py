@@ -26,12 +26,13 @@ from model import (
     DynamicSelfAttention,
     GaussianDecoder,
     MaxOverTimeConv,
+    TransformerEmbedding,
     WordEmbedding,
     build_model,
-    parameter_groups,
     word_dropout_probabilities,
 )
-from pretrained.loading import TransformerEmbedding, load_pretrained
+from pretrained.loading import load_pretrained
+from training.losses import parameter_groups
 
 WORDS, OWN, CLASSES = 30, 12, 4
 

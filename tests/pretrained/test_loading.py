@@ -20,9 +20,10 @@ import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from dataset import EncodedData, pad
-from model import build_model, load_classifier, parameter_groups
+from model import TransformerEmbedding, build_model, load_classifier
 from pretrained.layout import layer_lists, layer_parts
-from pretrained.loading import TransformerEmbedding, load_pretrained, load_tokenizer, remove_layers, tokenizer_text
+from pretrained.loading import load_pretrained, load_tokenizer, tokenizer_text
+from pretrained.surgery import remove_layers
 from sentence_classifier.tokenizers import (
     MASK,
     SUBWORDS,
@@ -31,6 +32,7 @@ from sentence_classifier.tokenizers import (
     WordTokenizer,
     make_tokenizer,
 )
+from training.losses import parameter_groups
 from training.speedups import FastDropout, PartialEmbedding
 from util import load_checkpoint
 
@@ -130,7 +132,7 @@ def test_padding_would_get_in_without_the_hooks(tmp_path: Path, monkeypatch: pyt
     """Law 1 is tested with models for which it does not hold by itself; such a model is refused."""
     case = make_case(tmp_path / "case", name)
     preprocess.main(case.flags())
-    monkeypatch.setattr("pretrained.loading.TransformerEmbedding._keep_padding_out", lambda self: None)
+    monkeypatch.setattr("model.Masking.begin", lambda *_, **__: None)
     assert "do not take padded sentences" in refusal(train.main, *case.train_flags())
 
 
@@ -366,7 +368,7 @@ def test_gradient_checkpointing_computes_the_same_twice(bert: Case, monkeypatch:
     forward = BertSelfAttention.forward
     monkeypatch.setattr(BertSelfAttention, "forward", lambda *a, **k: calls.append(torch.is_grad_enabled())
                         or forward(*a, **k))
-    flags = bert.train_flags("--epoch=1", "--maxtrain_steps=3")
+    flags = bert.train_flags("--epoch=1", "--max_train_steps=3")
     train.main(flags)
     once = len(calls)
     calls.clear()
@@ -382,7 +384,7 @@ def test_a_transformer_trains_with_the_fast_parts(bert: Case, monkeypatch: pytes
     used = []
     forward = part.forward
     monkeypatch.setattr(part, "forward", lambda self, x: used.append(self.training) or forward(self, x))
-    train.main(bert.train_flags("--epoch=1", "--maxtrain_steps=1"))
+    train.main(bert.train_flags("--epoch=1", "--max_train_steps=1"))
     assert any(used)  # in training
 
 
@@ -454,7 +456,7 @@ def test_too_long_for_a_model_whose_positions_begin_late(tmp_path: Path) -> None
     preprocess.main(case.flags(f"--n_ctx={POSITIONS}"))  # RoBERTa's first two positions stand for padding
     assert "takes shorter sentences only" in refusal(train.main, *case.train_flags())
     preprocess.main(case.flags(f"--n_ctx={POSITIONS - 2}"))
-    train.main(case.train_flags("--maxtrain_steps=1"))
+    train.main(case.train_flags("--max_train_steps=1"))
 
 
 @pytest.mark.parametrize(("places", "said"), [("3", "layers are 0 to 2"), ("0,1,2", "all of the model's layers"),

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model import parameter_groups
 from pretrained.loading import load_pretrained
+from training.losses import parameter_groups
 from training.speedups import FastDropout, attention, speed_up_training
 
 

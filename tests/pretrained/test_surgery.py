@@ -15,7 +15,8 @@ import evaluate
 import preprocess
 import train
 from model import load_classifier
-from pretrained.loading import add_lora, load_pretrained, merged_weights
+from pretrained.loading import load_pretrained
+from pretrained.surgery import add_lora, merged_weights
 from sentence_classifier.errors import InputError
 from training.trainer import Trainer
 from util import load_checkpoint
