@@ -418,6 +418,8 @@ class GaussianDecoder(nn.Module):
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]], smoothing: float = 1e-3) -> None:
         """Set priors, means and variances from data by their maximum likelihood estimates.
 
+        A class that the data lack gets what the most frequent one has, and its own lower prior: it never wins.
+
         Args:
             batches: encodings [B, H] and the probability of each class [B, C] (one-hot for hard labels).
             smoothing: part of the largest feature variance that is added to all, for features that hardly vary.
@@ -435,9 +437,10 @@ class GaussianDecoder(nn.Module):
         variance = (squares / size - mean.square()).clamp(min=0.0)
         overall = squares.sum(0) / count.sum() - (total.sum(0) / count.sum()).square()
         variance = variance + smoothing * overall.max().clamp(min=1e-9)
+        source = torch.where(count > 1e-12, torch.arange(len(count), device=count.device), count.argmax())
         self.log_prior.copy_(((count + 1.0) / (count + 1.0).sum()).log())
-        self.mean.copy_(mean)
-        self.log_variance.copy_(variance.log())
+        self.mean.copy_(mean[source])
+        self.log_variance.copy_(variance[source].log())
 
 
 # ------------------------------------------------------------------------------------------------------ classifier
