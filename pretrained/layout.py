@@ -36,18 +36,45 @@ def layer_lists(model: Any) -> list[nn.ModuleList]:
 
 
 def layers_above(model: Any) -> dict[int, int]:
-    """How many layers stand above each parameter, by the parameter's id().
+    """How many layers stand above each parameter, by the parameter's id(), in the order in which the model uses them.
 
-    What the model holds before its layers, such as token embeddings, has all of them above it; what it holds after
-    them, none.
+    Above a layer's own parameters stand the layers after it. What else reaches the hidden states that a layer reads,
+    such as token embeddings, has this layer above it, too; what is used beside them in every layer, such as a bias of
+    relative positions, belongs to the lowest layer; what is used after the last layer has none above it. Nothing is
+    found in a model whose layers share their weights.
     """
-    layers = [layer for layers in layer_lists(model) for layer in layers]
-    places = {id(p): place for place, layer in enumerate(layers, 1) for p in layer.parameters()}
-    found, passed = {}, 0
-    for parameter in model.parameters():  # in the order in which the model uses them
-        passed = max(passed, places.get(id(parameter), 0))
-        found[id(parameter)] = len(layers) - places.get(id(parameter), passed)
-    return found
+    owners = {id(module): layer for layers in layer_lists(model) for layer in layers for module in layer.modules()}
+    inputs: dict[nn.Module, Tensor] = {}  # the hidden states that each layer reads, in the order of use
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if hidden is not None:
+            inputs.setdefault(owners[id(module)], hidden)
+
+    # On every module: SqueezeBERT calls its layers' parts and passes the hooks of the layers by.
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True)
+               for module in model.modules() if id(module) in owners]
+    was_training = model.training
+    ids = torch.tensor([[1, 2, 3]], device=model.device) % model.config.vocab_size
+    with torch.enable_grad():
+        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+
+    above: dict[int, int] = {}
+    seen: set[Any] = set()
+    for place, (layer, hidden) in enumerate(inputs.items()):
+        waiting = [hidden.grad_fn]  # the way back through autograd's graph, to what no earlier layer has reached
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+                if isinstance(parameter := getattr(node, "variable", None), Tensor):
+                    above.setdefault(id(parameter), len(inputs) - place)
+        above |= {id(parameter): len(inputs) - place - 1 for parameter in layer.parameters()}
+    return above
 
 
 # ----------------------------------------------------------------------------------------------- inside of a layer

@@ -167,8 +167,11 @@ def parameter_groups(model: Classifier, weight_decay: float, lr: float,
     top = lr if embedding_lr is None else embedding_lr
     inside = {id(p): top for p in model.embedding.parameters()}
     if layer_lr_decay != 1 and isinstance(model.embedding, TransformerEmbedding):
-        inside = {parameter: top * layer_lr_decay**above
-                  for parameter, above in layers_above(model.embedding.transformer).items()}
+        above = layers_above(model.embedding.transformer)
+        if not above:
+            logger.warning("[--layer_lr_decay has no effect, since the layers of %s models share their weights]",
+                           model.embedding.transformer.config.model_type)
+        inside = {parameter: top * layer_lr_decay ** above.get(parameter, 0) for parameter in inside}
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
