@@ -126,16 +126,16 @@ class DynamicSelfAttention(nn.Module):
 
 
 class WordEmbedding(nn.Module):
-    """A table of word vectors of which the first rows are trained and the others are frozen.
+    """A table of word vectors whose first rows are trained and whose others are frozen.
 
     preprocess.py puts <pad>, <unk> and the training data's words first, so that gradients and optimizer state exist
-    for these alone, however large the table is. The frozen rows are not part of a checkpoint.
+    for these alone, however large the table is. A checkpoint leaves the frozen rows out.
 
     Args:
         table: [V, D] float32; may be a read-only memory map.
         num_trainable: how many rows are trained, at least 2 (<pad> and <unk>).
-        word_dropout: for each word of the training data, the probability with which training reads <unk> in its place
-            (the last entry stands for all later rows); see word_dropout_probabilities.
+        word_dropout: for each word of the training data, the probability that training reads <unk> instead (the last
+            entry is that of all later rows); see word_dropout_probabilities.
         dropout: on the word vectors' elements.
     """
 
@@ -186,7 +186,7 @@ class WordEmbedding(nn.Module):
         return {"num_trainable": self.trainable.shape[0]}
 
     def identity(self) -> dict[str, Any]:
-        """Nothing beside the data: their encoding names the table."""
+        """What decides about the model's identity: nothing, since the data's encoding names the table."""
         return {}
 
 
@@ -203,18 +203,17 @@ def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
 
 
 class TransformerEmbedding(nn.Module):
-    """A transformer whose last hidden states are the token vectors.
+    """A model of the transformers library, whose last hidden states are the token vectors.
 
     Args:
-        transformer: a model of the transformers library.
         classify_by: see pretrained.checks.classification_token.
         frozen: its weights are not trained, and it has no dropout.
-        token_cutoff: the share of tokens whose vectors training reads as zeros, drawn anew in each pass; positions
-            stay, and so do a sentence's first and last token, which are special in most tokenizers. Token cutoff, Shen
-            et al. 2020 (arXiv 2009.13818, section 3.1).
+        token_cutoff: the proportion of tokens whose vectors training reads as zeros, drawn anew in each pass (Shen et
+            al. 2020, arXiv 2009.13818, section 3.1). Positions stay, and so do a sentence's first and last token, which
+            are special in most tokenizers.
 
     Attributes:
-        reads: of which tokens the vectors are read; "first" spares the last layer the others.
+        reads: the tokens whose vectors the encoder reads; of the "first" alone, the last layer computes no other.
         output: all that the last pass computed, see keep_output.
     """
 
@@ -263,7 +262,7 @@ class TransformerEmbedding(nn.Module):
     def for_training(cls, data: EncodedData, *, bert_model_name_or_path: str, bert_remove_layers: Sequence[int] = (),
                      bert_use_feature_based: bool = False, token_cutoff: float = 0.0,
                      gradient_checkpointing: bool = False, transformer: Any = None, **others: Any) -> Self:
-        """The embedding that training begins with, by train.py's flags: of `transformer`, or of the model they name."""
+        """The embedding that training begins with, by train.py's flags; of `transformer`, if given."""
         path, encoding = bert_model_name_or_path, data.encoding
         check_tokenizer(path, encoding, str(data.path))
         transformer = transformer or load_pretrained(path)
@@ -288,7 +287,7 @@ class TransformerEmbedding(nn.Module):
         return {"config": self.transformer.config.to_json_string(use_diff=False), "classify_by": self.classify_by}
 
     def identity(self) -> dict[str, Any]:
-        """What makes it another model: the architecture, not where it came from."""
+        """What decides about the model's identity: its architecture, not where it came from."""
         return {"frozen": self.frozen, **architecture(self.transformer.config)}
 
 
@@ -327,7 +326,7 @@ class CLSEncoder(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers one after another, each under its name; the last one makes one vector of a sentence's."""
+    """Named layers one after another; the last one makes one vector of a sentence's."""
 
     def __init__(self, layers: dict[str, Any]) -> None:
         super().__init__()
@@ -454,12 +453,12 @@ ENCODERS: dict[str, tuple[Callable[..., nn.Module], type[nn.Module]]] = {
     "densenet-dsa": (stacked_encoder, SoftmaxDecoder),
 }
 
-# By the kind of encoded data that it reads.
+# By the kind of encoded data.
 EMBEDDINGS: dict[str, type[Embedding]] = {WORDS: WordEmbedding, SUBWORDS: TransformerEmbedding}
 
 
 class Classifier(nn.Module):
-    """Embedding, encoder and decoder in a row: token ids in, logits out."""
+    """An embedding, an encoder and a decoder, one after another: token ids in, logits out."""
 
     def __init__(self, embedding: Embedding, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
@@ -489,7 +488,7 @@ def load_classifier(checkpoint: Checkpoint, folders: Iterable[str | None]) -> Cl
     """Build the classifier of a checkpoint again, on the CPU.
 
     Args:
-        folders: where data may be, and so the table of frozen word vectors; the first that has it serves.
+        folders: data folders, searched in this order for the table of frozen word vectors.
 
     Raises:
         InputError: none has it.

@@ -38,10 +38,10 @@ def layer_lists(model: Any) -> list[nn.ModuleList]:
 def layers_above(model: Any) -> dict[int, int]:
     """How many layers stand above each parameter, by the parameter's id(), in the order in which the model uses them.
 
-    Above a layer's own parameters stand the layers after it. What else reaches the hidden states that a layer reads,
-    such as token embeddings, has this layer above it, too; what is used beside them in every layer, such as a bias of
-    relative positions, belongs to the lowest layer; what is used after the last layer has none above it. Nothing is
-    found in a model whose layers share their weights.
+    Above a layer's own parameters stand the layers after it. Any other parameter has those layers above it whose input
+    depends on it: all of them for token embeddings, all but the lowest for relative positions, which each layer reads
+    beside its input. What is used after the last layer, and what is not used, is left out: nothing is above it. The
+    result is empty where layers share their weights.
     """
     owners = {id(module): layer for layers in layer_lists(model) for layer in layers for module in layer.modules()}
     inputs: dict[nn.Module, Tensor] = {}  # the hidden states that each layer reads, in the order of use
@@ -81,7 +81,7 @@ def layers_above(model: Any) -> dict[int, int]:
 
 
 class LayerParts(NamedTuple):
-    """What of a layer built as BERT's can be narrowed: attention with its projections, and the feed-forward part."""
+    """The parts of a layer built as BERT's that can be narrowed: attention with its projections, and feed-forward."""
 
     attention: nn.Module
     query: nn.Linear

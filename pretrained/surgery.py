@@ -23,19 +23,19 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
     """Remove layers, counted from 0, in encoder and decoder alike.
 
     Raises:
-        InputError: no such layer, or the model does not work without it.
+        InputError: there is no such layer, or the model does not work without it.
     """
     config = model.config
     count = config.num_hidden_layers
-    places = sorted(set(places))
-    said = f"--bert_remove_layers={','.join(map(str, places))}"
-    if not places or places[0] < 0 or places[-1] >= count:
-        raise InputError(f"{said}: the model's layers are 0 to {count - 1}.")
-    if len(places) == count:
-        raise InputError(f"{said}: those are all of the model's layers.")
+    chosen = sorted(set(places))
+    flag = f"--bert_remove_layers={','.join(map(str, chosen))}"
+    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        raise InputError(f"{flag}: the model's layers are 0 to {count - 1}.")
+    if len(chosen) == count:
+        raise InputError(f"{flag}: those are all of the model's layers.")
     if getattr(config, "decoder_layers", count) != getattr(config, "encoder_layers", count):
-        raise InputError(f"{said}: encoder and decoder have different numbers of layers, of which none is removed.")
-    kept = [place for place in range(count) if place not in places]
+        raise InputError(f"{flag}: encoder and decoder have different numbers of layers, of which none is removed.")
+    kept = [place for place in range(count) if place not in chosen]
     lists = layer_lists(model)
     if not lists:  # ALBERT: layers share their weights, so that only their number can change
         logger.info("[layers share their weights: %d passes in place of %d]", len(kept), count)
@@ -46,12 +46,12 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
                 for name in ("layer_idx", "layer_id"):
                     if getattr(module, name, None) == place:
                         setattr(module, name, moved[place])
-        for place in reversed(places):
+        for place in reversed(chosen):
             del layers[place]
-    for name in ("layer_types", "attention_layers", "mlp_layer_types"):  # what config says layer by layer
+    for name in ("layer_types", "attention_layers", "mlp_layer_types"):  # what the config says of each layer
         if isinstance(kinds := getattr(config, name, None), list) and len(kinds) == count:
             setattr(config, name, [kinds[place] for place in kept])
-    if hasattr(config, "attention_types"):  # GPT-Neo writes its list of layers down as runs
+    if hasattr(config, "attention_types"):  # GPT-Neo's config also has them as runs of equal layers
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     for name in ("encoder_layers", "decoder_layers", "num_decoder_layers"):
         if name in vars(config):
@@ -67,7 +67,7 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
     except RuntimeError as error:
         same, reason = False, str(error).splitlines()[1].strip()
     if not same:
-        raise InputError(f"{said}: a {config.model_type} model cannot be rebuilt without these layers ({reason}).")
+        raise InputError(f"{flag}: a {config.model_type} model cannot be rebuilt without these layers ({reason}).")
 
 
 # ------------------------------------------------------------------------------------------------ low-rank adapters
@@ -76,11 +76,11 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
 def add_lora(model: Any, rank: int) -> None:
     """Freeze a transformer and train low-rank updates of its matrices (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
-    Every matrix product of its layers gets one, W x + 2 B A x with A of `rank` rows, as QLoRA found best (Dettmers et
-    al. 2023, arXiv 2305.14314, section 4).
+    Every matrix W of its layers gets one, so that it computes W x + 2 B A x, where A has `rank` rows. To adapt all
+    matrices is what QLoRA found best (Dettmers et al. 2023, arXiv 2305.14314, section 4).
 
     Raises:
-        InputError: it has no layer that an adapter fits.
+        InputError: the model has no layer that an adapter fits.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
@@ -97,7 +97,7 @@ def add_lora(model: Any, rank: int) -> None:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state dict with adapters merged into the weights that they update, under the weights' own names."""
+    """A model's state dict, with each adapter merged into the weight that it updates, under the weight's own name."""
     state = model.state_dict()
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
@@ -111,10 +111,10 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Compute the layers' activations once more in the backward pass, in the place of keeping them in memory.
+    """Save memory: compute the layers' activations again in the backward pass instead of keeping them.
 
     Raises:
-        InputError: the architecture cannot.
+        InputError: the architecture does not support it.
     """
     try:
         model.activation_checkpointing_enable()
