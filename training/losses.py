@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from model import Classifier, GaussianDecoder, TransformerEmbedding, WordEmbeddi
 from pretrained.layout import layers_above
 from text.labels import UNKNOWN_LABEL
 from training.distributed import total
+
+logger = logging.getLogger(__name__)
 
 
 def make_criterion(name: str, class_weights: Tensor | None = None,
