@@ -8,6 +8,7 @@ file is refused.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -251,3 +252,11 @@ def load_table(path: str | Path, expected: str) -> Tensor:
             or not has_fingerprint(table, expected)):
         raise InputError(f"{path}: not the vectors that the data were encoded with; run preprocess.py again.")
     return torch.from_numpy(table)
+
+
+def find_table(paths: Sequence[Path], expected: str) -> Tensor:
+    """The first of these files that is the table of word vectors with this fingerprint; see load_table."""
+    for path in paths[:-1]:
+        with contextlib.suppress(InputError):
+            return load_table(path, expected)
+    return load_table(paths[-1], expected)

@@ -252,7 +252,7 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from compression import pruning
     from dataset import check_same_data
     from model import load_classifier
-    from pretrained.loading import check_output_folder
+    from pretrained.saving import check_output_folder
     from training.losses import evaluate
     from training.run import load_data
     from util import load_checkpoint, write_json

@@ -8,31 +8,27 @@ maximum, sum, softmax or convolution, so that a sentence's logits do not depend 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import EncodedData, load_table
-from pretrained.layout import layers_above
-from pretrained.loading import TransformerEmbedding
-from sentence_classifier.errors import InputError
+from dataset import EncodedData, find_table, load_table
+from pretrained.checks import check_padding, check_size, check_tokenizer, classification_token
+from pretrained.layout import architecture
+from pretrained.loading import build_from_config, load_pretrained
+from pretrained.masking import Masking
+from pretrained.surgery import checkpoint_activations, remove_layers
 from sentence_classifier.tokenizers import SUBWORDS, WORDS
 from util import Checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- layers
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean over real positions: x [B, T, D], mask [B, T] -> [B, D]."""
-    weights = mask.unsqueeze(-1).to(x.dtype)
-    return (x * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 
 
 class MaxOverTimeConv(nn.Module):
@@ -130,16 +126,16 @@ class DynamicSelfAttention(nn.Module):
 
 
 class WordEmbedding(nn.Module):
-    """A table of word vectors of which the first rows are trained and the others are frozen.
+    """A table of word vectors whose first rows are trained and whose others are frozen.
 
     preprocess.py puts <pad>, <unk> and the training data's words first, so that gradients and optimizer state exist
-    for these alone, however large the table is. The frozen rows are not part of a checkpoint.
+    for these alone, however large the table is. A checkpoint leaves the frozen rows out.
 
     Args:
         table: [V, D] float32; may be a read-only memory map.
         num_trainable: how many rows are trained, at least 2 (<pad> and <unk>).
-        word_dropout: for each word of the training data, the probability with which training reads <unk> in its place
-            (the last entry stands for all later rows); see word_dropout_probabilities.
+        word_dropout: for each word of the training data, the probability that training reads <unk> instead (the last
+            entry is that of all later rows); see word_dropout_probabilities.
         dropout: on the word vectors' elements.
     """
 
@@ -168,20 +164,21 @@ class WordEmbedding(nn.Module):
         return self.dropout(x).masked_fill(~mask.unsqueeze(-1), 0.0)
 
     @classmethod
-    def for_training(cls, data: EncodedData, args: argparse.Namespace) -> WordEmbedding:
-        """The embedding that train.py begins with."""
-        table = load_table(data.path.parent / args.embedding_filename, str(data.encoding.table))
-        dropped = word_dropout_probabilities(data.word_counts(), args.word_dropout) if args.word_dropout else None
-        trainable = data.encoding.seen_rows if args.embedding_trainable else data.encoding.own_rows
-        return cls(table, trainable, dropped, args.embedding_dropout)
+    def for_training(cls, data: EncodedData, *, embedding_filename: str, embedding_trainable: bool = False,
+                     word_dropout: float = 0.0, embedding_dropout: float = 0.0, **others: Any) -> Self:
+        """The embedding that training begins with, by train.py's flags."""
+        table = load_table(data.path.parent / embedding_filename, str(data.encoding.table))
+        dropped = word_dropout_probabilities(data.word_counts(), word_dropout) if word_dropout else None
+        trainable = data.encoding.seen_rows if embedding_trainable else data.encoding.own_rows
+        return cls(table, trainable, dropped, embedding_dropout)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, folders: list[str]) -> WordEmbedding:
+    def from_checkpoint(cls, checkpoint: Checkpoint, folders: list[str]) -> Self:
         """The embedding that load_state_dict fills; its frozen rows come from a data folder."""
         table, run = checkpoint.model["embedding.trainable"], checkpoint.run
         if len(table) < run.vocabulary.count("\n"):
             paths = [Path(folder) / run.flags["embedding_filename"] for folder in folders]
-            table = _find_table(paths, str(run.encoding.table))
+            table = find_table(paths, str(run.encoding.table))
         return cls(table, run.embedding["num_trainable"])
 
     def metadata(self) -> dict[str, Any]:
@@ -189,15 +186,8 @@ class WordEmbedding(nn.Module):
         return {"num_trainable": self.trainable.shape[0]}
 
     def identity(self) -> dict[str, Any]:
-        """Nothing beside the data: their encoding names the table."""
+        """What decides about the model's identity: nothing, since the data's encoding names the table."""
         return {}
-
-
-def _find_table(paths: list[Path], expected: str) -> Tensor:
-    for path in paths[:-1]:
-        with contextlib.suppress(InputError):
-            return load_table(path, expected)
-    return load_table(paths[-1], expected)
 
 
 def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
@@ -205,15 +195,100 @@ def word_dropout_probabilities(counts: Tensor, alpha: float) -> Tensor:
 
     From Kiperwasser and Goldberg 2016 (arXiv 1603.04351, section 4), who took alpha = 0.25.
 
-    Args:
-        counts: how often each row of the table occurs in the training data, [N].
-
-    Returns:
-        The probability of each row, and 0 for all later ones, [N + 1].
+    counts [N]: how often the training data have each row of the table -> [N + 1], the last one for all later rows.
     """
     probabilities = alpha / (alpha + counts.float())
     probabilities[counts == 0] = 0.0  # <pad>, and words that training does not meet
     return F.pad(probabilities, (0, 1))
+
+
+class TransformerEmbedding(nn.Module):
+    """A model of the transformers library, whose last hidden states are the token vectors.
+
+    Args:
+        classify_by: see pretrained.checks.classification_token.
+        frozen: its weights are not trained, and it has no dropout.
+        token_cutoff: the proportion of tokens whose vectors training reads as zeros, drawn anew in each pass (Shen et
+            al. 2020, arXiv 2009.13818, section 3.1). Positions stay, and so do a sentence's first and last token, which
+            are special in most tokenizers.
+
+    Attributes:
+        reads: the tokens whose vectors the encoder reads; of the "first" alone, the last layer computes no other.
+        output: all that the last pass computed, see keep_output.
+    """
+
+    def __init__(self, transformer: Any, classify_by: str, frozen: bool = False, token_cutoff: float = 0.0) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.classify_by = classify_by
+        self.frozen = frozen
+        self.token_cutoff = token_cutoff
+        self.reads: Literal["all", "first"] = "all"
+        self.output: Any = None
+        self.output_size: int = transformer.config.hidden_size
+        self.masking = Masking(transformer)
+        self._options = {"use_cache": False} if "use_cache" in signature(transformer.forward).parameters else {}
+        if frozen:
+            transformer.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids [B, T], 0 where mask [B, T] is False -> [B, T, D], zero there; [B, 1, D] if it reads the first."""
+        self.masking.begin(mask, self.token_cutoff if self.training else 0.0, first_only=self.reads == "first")
+        if pad_id := self.transformer.config.pad_token_id:  # mBART finds a sentence's end by it
+            input_ids = input_ids.masked_fill(~mask, pad_id)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            output = self.transformer(input_ids=input_ids, attention_mask=mask.long(), **self._options)
+        if not torch.is_grad_enabled():  # else gradient checkpointing needs it once more
+            self.masking.end()
+        x = output.last_hidden_state
+        return x.masked_fill(~mask[:, : x.shape[1]].unsqueeze(-1), 0.0)
+
+    def keep_output(self, attentions: bool) -> None:
+        """From now on keep in `output` what each pass computes: all hidden states and, if asked for, attentions."""
+        self.reads = "all"
+        self._options["output_hidden_states"] = True
+        if attentions:
+            self.transformer.set_attn_implementation("eager")  # the others compute none
+            self._options["output_attentions"] = True
+        self.transformer.register_forward_hook(lambda module, inputs, output: setattr(self, "output", output))
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; a frozen transformer stays without dropout."""
+        super().train(mode)
+        self.transformer.train(mode and not self.frozen)
+        return self
+
+    @classmethod
+    def for_training(cls, data: EncodedData, *, bert_model_name_or_path: str, bert_remove_layers: Sequence[int] = (),
+                     bert_use_feature_based: bool = False, token_cutoff: float = 0.0,
+                     gradient_checkpointing: bool = False, transformer: Any = None, **others: Any) -> Self:
+        """The embedding that training begins with, by train.py's flags; of `transformer`, if given."""
+        path, encoding = bert_model_name_or_path, data.encoding
+        check_tokenizer(path, encoding, str(data.path))
+        transformer = transformer or load_pretrained(path)
+        if bert_remove_layers:
+            remove_layers(transformer, bert_remove_layers)
+        check_size(transformer, int(data.token_ids.max()), encoding.n_ctx, path)
+        embedding = cls(transformer, classification_token(transformer, encoding.leading_special),
+                        bert_use_feature_based, token_cutoff)
+        check_padding(embedding, path)
+        if gradient_checkpointing:
+            checkpoint_activations(transformer)
+        return embedding
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, folders: list[str]) -> Self:
+        """The embedding that load_state_dict fills."""
+        held = checkpoint.run.embedding
+        return cls(build_from_config(json.loads(held["config"])), held["classify_by"])
+
+    def metadata(self) -> dict[str, Any]:
+        """What from_checkpoint needs to know beside the weights."""
+        return {"config": self.transformer.config.to_json_string(use_diff=False), "classify_by": self.classify_by}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the model's identity: its architecture, not where it came from."""
+        return {"frozen": self.frozen, **architecture(self.transformer.config)}
 
 
 Embedding = WordEmbedding | TransformerEmbedding
@@ -222,7 +297,7 @@ Embedding = WordEmbedding | TransformerEmbedding
 
 
 class MeanEncoder(nn.Module):
-    """The mean of the token vectors, for the Gaussian decoder."""
+    """The mean of the real tokens' vectors."""
 
     def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
         super().__init__()
@@ -230,7 +305,8 @@ class MeanEncoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, T, D], mask [B, T] -> [B, D]."""
-        return masked_mean(x, mask)
+        weights = mask.unsqueeze(-1).to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=1.0)
 
 
 class CLSEncoder(nn.Module):
@@ -238,64 +314,47 @@ class CLSEncoder(nn.Module):
 
     def __init__(self, config: dict[str, Any], embedding: TransformerEmbedding) -> None:
         super().__init__()
-        self.last = embedding.classify_by == "last"
+        self.position = embedding.classify_by
         self.output_size = embedding.output_size
-        if not self.last:
-            embedding.read_first_only()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, D], mask [B, T] -> [B, D]."""
-        if not self.last:
+        """x [B, T, D] ([B, 1, D] will do for the first token), mask [B, T] -> [B, D]."""
+        if self.position == "first":
             return x[:, 0]
         places = mask.sum(1).sub(1).view(-1, 1, 1).expand(-1, 1, x.shape[-1])
         return x.gather(1, places).squeeze(1)
 
 
-class CNNEncoder(nn.Module):
-    """Convolutions over positions, as Kim 2014 (arXiv 1408.5882) has them."""
+class Stack(nn.Module):
+    """Named layers one after another; the last one makes one vector of a sentence's."""
 
-    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
+    def __init__(self, layers: dict[str, Any]) -> None:
         super().__init__()
-        self.cnn = MaxOverTimeConv(embedding.output_size, config["num_filters"], config["kernel_sizes"])
-        self.output_size = self.cnn.output_size
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+            self.output_size: int = layer.output_size
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, T, D], mask [B, T] -> [B, H]."""
-        return self.cnn(x, mask)
+        for layer in self.children():
+            x = layer(x, mask)
+        return x
 
 
-def _densenet(config: dict[str, Any], input_size: int) -> DenseNet:
-    return DenseNet(input_size, config["densenet_kernels"], config["densenet_first_num_filters"],
-                    config["densenet_num_filters"], config["densenet_last_num_filters"])
-
-
-class DenseNetCNNEncoder(nn.Module):
-    """Densely connected convolutions, then those of the CNN."""
-
-    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
-        super().__init__()
-        self.densenet = _densenet(config, embedding.output_size)
-        self.cnn = MaxOverTimeConv(self.densenet.output_size, config["num_filters"], config["kernel_sizes"])
-        self.output_size = self.cnn.output_size
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, D], mask [B, T] -> [B, H]."""
-        return self.cnn(self.densenet(x, mask), mask)
-
-
-class DenseNetDSAEncoder(nn.Module):
-    """Densely connected convolutions, then dynamic self-attention."""
-
-    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
-        super().__init__()
-        self.densenet = _densenet(config, embedding.output_size)
-        self.attention = DynamicSelfAttention(self.densenet.output_size, config["dsa_num_attentions"],
-                                              config["dsa_dim"], config["dsa_r"])
-        self.output_size = self.attention.output_size
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, T, D], mask [B, T] -> [B, H]."""
-        return self.attention(self.densenet(x, mask), mask)
+def stacked_encoder(config: dict[str, Any], embedding: Embedding) -> Stack:
+    """A densenet if the config has one, and on top a CNN (Kim 2014, arXiv 1408.5882) or dynamic self-attention."""
+    layers: dict[str, Any] = {}
+    size = embedding.output_size
+    if "densenet_kernels" in config:
+        layers["densenet"] = DenseNet(size, config["densenet_kernels"], config["densenet_first_num_filters"],
+                                      config["densenet_num_filters"], config["densenet_last_num_filters"])
+        size = layers["densenet"].output_size
+    if "dsa_dim" in config:
+        layers["attention"] = DynamicSelfAttention(size, config["dsa_num_attentions"], config["dsa_dim"],
+                                                   config["dsa_r"])
+    else:
+        layers["cnn"] = MaxOverTimeConv(size, config["num_filters"], config["kernel_sizes"])
+    return Stack(layers)
 
 
 # -------------------------------------------------------------------------------------------------------- decoders
@@ -358,42 +417,48 @@ class GaussianDecoder(nn.Module):
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]], smoothing: float = 1e-3) -> None:
         """Set priors, means and variances from data by their maximum likelihood estimates.
 
+        A class that the data lack gets what the most frequent one has, and its own lower prior: it never wins.
+
         Args:
             batches: encodings [B, H] and the probability of each class [B, C] (one-hot for hard labels).
-            smoothing: share of the largest feature variance that is added to all, for features that hardly vary.
+            smoothing: part of the largest feature variance that is added to all, for features that hardly vary.
         """
         count = self.log_prior.new_zeros(len(self.log_prior), dtype=torch.float64)
         total = self.mean.new_zeros(self.mean.shape, dtype=torch.float64)
         squares = torch.zeros_like(total)
-        for encoding, share in batches:
-            x, share = encoding.double(), share.double().t()
-            count += share.sum(1)
-            total += share @ x
-            squares += share @ x.square()
+        for encoding, probability in batches:
+            x, weight = encoding.double(), probability.double().t()
+            count += weight.sum(1)
+            total += weight @ x
+            squares += weight @ x.square()
         size = count.clamp(min=1e-12).unsqueeze(1)
         mean = total / size
         variance = (squares / size - mean.square()).clamp(min=0.0)
         overall = squares.sum(0) / count.sum() - (total.sum(0) / count.sum()).square()
         variance = variance + smoothing * overall.max().clamp(min=1e-9)
+        source = torch.where(count > 1e-12, torch.arange(len(count), device=count.device), count.argmax())
         self.log_prior.copy_(((count + 1.0) / (count + 1.0).sum()).log())
-        self.mean.copy_(mean)
-        self.log_variance.copy_(variance.log())
+        self.mean.copy_(mean[source])
+        self.log_variance.copy_(variance[source].log())
 
 
 # ------------------------------------------------------------------------------------------------------ classifier
 
-# enc_class to (encoder, decoder).
-ENCODERS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
+# By a config's enc_class: what makes the encoder, and the decoder.
+ENCODERS: dict[str, tuple[Callable[..., nn.Module], type[nn.Module]]] = {
     "gnb": (MeanEncoder, GaussianDecoder),
     "cls": (CLSEncoder, LinearDecoder),
-    "cnn": (CNNEncoder, SoftmaxDecoder),
-    "densenet-cnn": (DenseNetCNNEncoder, SoftmaxDecoder),
-    "densenet-dsa": (DenseNetDSAEncoder, SoftmaxDecoder),
+    "cnn": (stacked_encoder, SoftmaxDecoder),
+    "densenet-cnn": (stacked_encoder, SoftmaxDecoder),
+    "densenet-dsa": (stacked_encoder, SoftmaxDecoder),
 }
+
+# By the kind of encoded data.
+EMBEDDINGS: dict[str, type[Embedding]] = {WORDS: WordEmbedding, SUBWORDS: TransformerEmbedding}
 
 
 class Classifier(nn.Module):
-    """Embedding, encoder and decoder in a row: token ids in, logits out."""
+    """An embedding, an encoder and a decoder, one after another: token ids in, logits out."""
 
     def __init__(self, embedding: Embedding, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
@@ -411,59 +476,22 @@ class Classifier(nn.Module):
 
 
 def build_model(config: dict[str, Any], num_labels: int, embedding: Embedding) -> Classifier:
-    """Put the encoder and the decoder that a checked config describes on top of an embedding.
-
-    Args:
-        config: see arguments.py.
-        num_labels: C.
-    """
-    encoder_class, decoder_class = ENCODERS[config["enc_class"]]
-    encoder = encoder_class(config, embedding)
-    decoder = decoder_class(config, encoder.output_size, num_labels)
-    return Classifier(embedding, encoder, decoder)
-
-
-def parameter_groups(model: Classifier, weight_decay: float, lr: float,
-                     embedding_lr: float | None = None, layer_lr_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for AdamW: no decay on biases, norms, word vectors and the Gaussian decoder's statistics.
-
-    Args:
-        embedding_lr: a rate of its own for the embedding: word vectors, or the transformer.
-        layer_lr_decay: a transformer's rate is multiplied by it once for each layer above: its lowest layers, which
-            hold the most general knowledge, change least (ULMFiT, Howard and Ruder 2018, arXiv 1801.06146, section
-            3.2; with a factor a layer as in ELECTRA, arXiv 2003.10555, appendix B).
-    """
-    kept = {id(p) for m in model.modules() if isinstance(m, WordEmbedding | nn.Embedding | GaussianDecoder)
-            for p in m.parameters(recurse=False)}
-    top = lr if embedding_lr is None else embedding_lr
-    inside = {id(p): top for p in model.embedding.parameters()}
-    if layer_lr_decay != 1 and isinstance(model.embedding, TransformerEmbedding):
-        inside = {parameter: top * layer_lr_decay**above
-                  for parameter, above in layers_above(model.embedding.transformer).items()}
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and id(parameter) not in kept
-            key = (id(parameter) not in inside, inside.get(id(parameter), lr), decayed)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": groups[key], "lr": key[1], "weight_decay": weight_decay if key[2] else 0.0}
-            for key in sorted(groups, reverse=True)]
-
-
-# The embedding's class by the kind of encoded data that it reads.
-EMBEDDINGS: dict[str, type[WordEmbedding | TransformerEmbedding]] = {
-    WORDS: WordEmbedding, SUBWORDS: TransformerEmbedding}
+    """Put the encoder and the decoder that a checked config describes on top of an embedding."""
+    make_encoder, decoder_class = ENCODERS[config["enc_class"]]
+    encoder: Any = make_encoder(config, embedding)
+    if isinstance(encoder, CLSEncoder) and isinstance(embedding, TransformerEmbedding):
+        embedding.reads = "first" if encoder.position == "first" else "all"
+    return Classifier(embedding, encoder, decoder_class(config, encoder.output_size, num_labels))
 
 
 def load_classifier(checkpoint: Checkpoint, folders: Iterable[str | None]) -> Classifier:
-    """Rebuild the classifier of a checkpoint, on the CPU.
+    """Build the classifier of a checkpoint again, on the CPU.
 
     Args:
-        checkpoint: as train.py wrote it.
-        folders: data folders in which frozen word vectors are looked for, in this order.
+        folders: data folders, searched in this order for the table of frozen word vectors.
 
     Raises:
-        InputError: the frozen vectors are in none of them.
+        InputError: none has it.
     """
     run = checkpoint.run
     embedding = EMBEDDINGS[run.encoding.kind].from_checkpoint(checkpoint, [f for f in folders if f])

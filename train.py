@@ -105,7 +105,8 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         notes: what the results say beside the history.
     """
     from cli.devices import choose_device, choose_precision, use_device
-    from pretrained.loading import add_lora, check_output_folder
+    from pretrained.saving import check_output_folder
+    from pretrained.surgery import add_lora
     from training.distributed import described, ending_together, make_accelerator
     from training.run import Run, describe, load_data, log_recipe, new_model, publish, restore
     from training.speedups import speed_up_training

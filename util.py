@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -134,25 +135,29 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def previous_names(path: Path) -> Iterator[Path]:
+    """The names under which what stands at `path` may be kept: path.previous, path.previous.2 ..."""
+    yield path.with_name(f"{path.name}.previous")
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}.previous.{number}")
+
+
 def keep_previous(path: Path) -> Path:
     """Give the file at `path` a second name that no later file takes, `path.previous`, and return that name.
 
     A hard link where the file system has them, so that `path` itself never goes missing in between.
     """
-    number = 1
-    while True:
-        aside = path.with_name(f"{path.name}.previous" + (f".{number}" if number > 1 else ""))
+    for aside in previous_names(path):
         try:
             os.link(path, aside)
-            return aside
         except FileExistsError:
-            number += 1
+            continue
         except OSError:
             if aside.exists():
-                number += 1
                 continue
             os.replace(path, aside)
-            return aside
+        return aside
+    raise AssertionError  # the names do not end
 
 
 def second_name(path: Path, name: Path) -> None:

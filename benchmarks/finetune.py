@@ -22,8 +22,9 @@ from benchmarks import harness
 from benchmarks.speed import training_rate
 from cli.devices import choose_device, choose_precision
 from dataset import EncodedData
-from model import Classifier, build_model
-from pretrained.loading import TransformerEmbedding, classification_token, load_pretrained
+from model import Classifier, TransformerEmbedding, build_model
+from pretrained.checks import classification_token
+from pretrained.loading import load_pretrained
 from sentence_classifier.errors import InputError
 from text.lines import TsvReader
 from training.speedups import speed_up_training

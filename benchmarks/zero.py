@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
 from benchmarks.harness import figure, launch
-from model import build_model, parameter_groups
-from pretrained.loading import TransformerEmbedding
+from model import TransformerEmbedding, build_model
 from training.distributed import make_accelerator, prepare
+from training.losses import parameter_groups
 
 PROCESSES, STEPS = 2, 2
 STAGES = (0, 1, 2, 3)

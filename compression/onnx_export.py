@@ -35,6 +35,7 @@ from compression.onnx_graph import (
 )
 from dataset import EncodedData, check_same_data, pad
 from model import Classifier, WordEmbedding
+from pretrained.loading import attention_of, can_choose_attention
 from sentence_classifier.classifier import (
     BUSY_WAIT,
     INPUTS,
@@ -125,15 +126,17 @@ def ready_for_export(model: Classifier) -> Iterator[nn.Module]:
 
     AttentionInterface.register("onnx", fused_attention)
     AttentionMaskInterface.register("onnx", attention_mask_for_onnx)
-    transformer = model.embedding.transformer
-    before = transformer.config._attn_implementation
+    embedding = model.embedding
+    transformer, reads = embedding.transformer, embedding.reads
+    before = attention_of(transformer)
     # Models whose attention is their own (DeBERTa, ConvBERT, MPNet ...) keep it: their graphs are plain operators.
-    shared = transformer._can_set_attn_implementation()
-    transformer.set_attn_implementation("onnx" if shared else "eager")
+    transformer.set_attn_implementation("onnx" if can_choose_attention(transformer) else "eager")
+    embedding.reads = "all"  # the graph is fused as a whole first, and narrowed then: see select_early
     try:
         yield model
     finally:
         transformer.set_attn_implementation(before)
+        embedding.reads = reads
 
 
 def export_graph(model: Classifier, opset: int = DEFAULT_OPSET) -> onnx.ModelProto:

@@ -1,7 +1,4 @@
-"""Where a pretrained transformer's layers, heads and feed-forward units are.
-
-As in transformer.py, nothing goes by a model's name.
-"""
+"""Where a pretrained transformer's layers, heads and feed-forward units are."""
 
 from __future__ import annotations
 
@@ -11,10 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from sentence_classifier.errors import InputError
+from util import IDENTITY, RUN_ID
 
 # In a pruned transformer's config.json: the heads of each layer. Its num_attention_heads stays what it was, since
 # transformers' models take the size of a head from it; the width of the feed-forward part has a key of their own.
 NUM_HEADS = "classifier_num_heads"
+
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """What a transformers config says of the model's architecture, and not of where it came from."""
+    passing = ("_name_or_path", "id2label", "label2id", RUN_ID, IDENTITY, "architectures", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in passing}
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -31,25 +36,52 @@ def layer_lists(model: Any) -> list[nn.ModuleList]:
 
 
 def layers_above(model: Any) -> dict[int, int]:
-    """How many layers stand above each parameter, by the parameter's id().
+    """How many layers stand above each parameter, by the parameter's id(), in the order in which the model uses them.
 
-    What the model holds before its layers, such as token embeddings, has all of them above it; what it holds after
-    them, none.
+    Above a layer's own parameters stand the layers after it. Any other parameter has those layers above it whose input
+    depends on it: all of them for token embeddings, all but the lowest for relative positions, which each layer reads
+    beside its input. What is used after the last layer, and what is not used, is left out: nothing is above it. The
+    result is empty where layers share their weights.
     """
-    layers = [layer for layers in layer_lists(model) for layer in layers]
-    places = {id(p): place for place, layer in enumerate(layers, 1) for p in layer.parameters()}
-    found, passed = {}, 0
-    for parameter in model.parameters():  # in the order in which the model uses them
-        passed = max(passed, places.get(id(parameter), 0))
-        found[id(parameter)] = len(layers) - places.get(id(parameter), passed)
-    return found
+    owners = {id(module): layer for layers in layer_lists(model) for layer in layers for module in layer.modules()}
+    inputs: dict[nn.Module, Tensor] = {}  # the hidden states that each layer reads, in the order of use
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if hidden is not None:
+            inputs.setdefault(owners[id(module)], hidden)
+
+    # On every module: SqueezeBERT calls its layers' parts and passes the hooks of the layers by.
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True)
+               for module in model.modules() if id(module) in owners]
+    was_training = model.training
+    ids = torch.tensor([[1, 2, 3]], device=model.device) % model.config.vocab_size
+    with torch.enable_grad():
+        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+
+    above: dict[int, int] = {}
+    seen: set[Any] = set()
+    for place, (layer, hidden) in enumerate(inputs.items()):
+        waiting = [hidden.grad_fn]  # the way back through autograd's graph, to what no earlier layer has reached
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [before for before, _ in node.next_functions]
+                if isinstance(parameter := getattr(node, "variable", None), Tensor):
+                    above.setdefault(id(parameter), len(inputs) - place)
+        above |= {id(parameter): len(inputs) - place - 1 for parameter in layer.parameters()}
+    return above
 
 
 # ----------------------------------------------------------------------------------------------- inside of a layer
 
 
 class LayerParts(NamedTuple):
-    """What of a layer built as BERT's can be narrowed: attention with its projections, and the feed-forward part."""
+    """The parts of a layer built as BERT's that can be narrowed: attention with its projections, and feed-forward."""
 
     attention: nn.Module
     query: nn.Linear

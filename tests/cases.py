@@ -36,12 +36,12 @@ class Case:
         return [f"--model_path={self.root / 'model.pt'}", "--device=cpu", *map(str, more)]
 
     def results(self, stage: str) -> dict[str, Any]:
-        """What a stage wrote of itself."""
+        """A stage's results file."""
         return json.loads((self.root / f"model.pt.{stage}.json").read_text())
 
 
 def sample(size: int, name: str) -> list[str]:
-    """Every so manieth line of data/sample, of four of its intents."""
+    """About `size` lines of data/sample, evenly spread, of four of its intents."""
     lines = (ROOT / "data/sample" / name).read_text(encoding="utf-8").splitlines()
     chosen = [line for line in lines if line.split("\t")[1] in ("make_call", "play_music", "set_alarm", "translate")]
     return chosen[:: max(1, len(chosen) // size)][:size]

@@ -26,12 +26,13 @@ from model import (
     DynamicSelfAttention,
     GaussianDecoder,
     MaxOverTimeConv,
+    TransformerEmbedding,
     WordEmbedding,
     build_model,
-    parameter_groups,
     word_dropout_probabilities,
 )
-from pretrained.loading import TransformerEmbedding, load_pretrained
+from pretrained.loading import load_pretrained
+from training.losses import parameter_groups
 
 WORDS, OWN, CLASSES = 30, 12, 4
 
@@ -64,7 +65,7 @@ sentence = st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=14).map(np.a
 
 
 def test_every_encoder_is_tested() -> None:
-    assert {*ENCODERS, "cls"} == set(REGISTRY)  # cls, which words do not have: tests/test_transformer.py
+    assert {*ENCODERS, "cls"} == set(REGISTRY)  # cls, which words do not have: tests/pretrained/test_loading.py
 
 
 @pytest.mark.parametrize("enc_class", ENCODERS)
@@ -221,6 +222,21 @@ def test_gaussian_fit_weighs_soft_labels() -> None:
     close(decoder.mean.detach(), mean)
     variance = torch.stack([(share[:, c : c + 1] * (x - mean[c]) ** 2).sum(0) / share[:, c].sum() for c in range(2)])
     torch.testing.assert_close(decoder.log_variance.exp().detach(), variance, rtol=1e-4, atol=1e-6)
+
+
+@given(classes=st.lists(st.integers(0, 3), min_size=8, max_size=30), missing=st.integers(0, 3),
+       scale=st.sampled_from([0.0, 1e-3, 1.0, 1e3]), seed=st.integers(0, 99))
+@settings(max_examples=60)
+def test_a_class_without_sentences_never_wins(classes: list[int], missing: int, scale: float, seed: int) -> None:
+    """Wherever a sentence is: at zero, far from all data, or amid them."""
+    torch.manual_seed(seed)
+    y = torch.tensor([(missing + 1) % 4 if c == missing else c for c in classes])
+    x = torch.randn(len(y), 5) + y.unsqueeze(1)
+    decoder = gaussian(x, F.one_hot(y, 4), 1e-3)
+    logits = decoder(torch.randn(50, 5) * scale).detach()
+    assert torch.isfinite(logits).all() and (logits.argmax(-1) != missing).all()
+    others = logits[:, [c for c in range(4) if c != missing]]
+    assert (logits[:, missing] < others.amax(-1)).all()
 
 
 # --------------------------------------------------------------------------------------------------- word embeddings

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Batch, EncodedData, pad
-from model import Classifier, build_model, load_classifier
-from pretrained.loading import TransformerEmbedding, remove_layers
+from model import Classifier, TransformerEmbedding, build_model, load_classifier
+from pretrained.surgery import remove_layers
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, Tokenizer, make_tokenizer
@@ -270,7 +270,8 @@ def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, confi
     if others := [place for place in range(count) if place not in chosen]:
         remove_layers(transformer, others)
     logger.info("[student] begins with layers %s of %s", ", ".join(map(str, chosen)), args.teacher_model_path)
-    return build_model(config, len(train.labels), TransformerEmbedding.for_training(train, args, transformer))
+    embedding = TransformerEmbedding.for_training(train, **vars(args), transformer=transformer)
+    return build_model(config, len(train.labels), embedding)
 
 
 def keep_inside(embedding: Any, attentions: bool, path: str) -> None:

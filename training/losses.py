@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dataset import BucketSampler, EncodedData, prefetch, shard
-from model import Classifier, GaussianDecoder
+from model import Classifier, GaussianDecoder, TransformerEmbedding, WordEmbedding
+from pretrained.layout import layers_above
 from text.labels import UNKNOWN_LABEL
 from training.distributed import total
+
+logger = logging.getLogger(__name__)
 
 
 def make_criterion(name: str, class_weights: Tensor | None = None,
@@ -149,3 +153,33 @@ def fit_decoder(model: Classifier, data: EncodedData, batch_size: int, accelerat
 
     model.decoder.fit(encodings())
     model.cpu()
+
+
+def parameter_groups(model: Classifier, weight_decay: float, lr: float,
+                     embedding_lr: float | None = None, layer_lr_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups for AdamW: no decay on biases, norms, word vectors and the Gaussian decoder's statistics.
+
+    Args:
+        embedding_lr: a rate of its own for the embedding: word vectors, or the transformer.
+        layer_lr_decay: a transformer's rate is multiplied by it once for each layer above: its lowest layers, which
+            hold the most general knowledge, change least (ULMFiT, Howard and Ruder 2018, arXiv 1801.06146, section
+            3.2; with a factor a layer as in ELECTRA, arXiv 2003.10555, appendix B).
+    """
+    kept = {id(p) for m in model.modules() if isinstance(m, WordEmbedding | nn.Embedding | GaussianDecoder)
+            for p in m.parameters(recurse=False)}
+    top = lr if embedding_lr is None else embedding_lr
+    inside = {id(p): top for p in model.embedding.parameters()}
+    if layer_lr_decay != 1 and isinstance(model.embedding, TransformerEmbedding):
+        above = layers_above(model.embedding.transformer)
+        if not above:
+            logger.warning("[--layer_lr_decay has no effect, since the layers of %s models share their weights]",
+                           model.embedding.transformer.config.model_type)
+        inside = {parameter: top * layer_lr_decay ** above.get(parameter, 0) for parameter in inside}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and id(parameter) not in kept
+            key = (id(parameter) not in inside, inside.get(id(parameter), lr), decayed)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": groups[key], "lr": key[1], "weight_decay": weight_decay if key[2] else 0.0}
+            for key in sorted(groups, reverse=True)]

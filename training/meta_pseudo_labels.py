@@ -39,12 +39,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, EncodedData, pad, prefetch
-from model import parameter_groups
 from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
 from text.lines import TsvReader
 from training.distillation import Teacher, read_sentences
-from training.losses import cosine_with_warmup
+from training.losses import cosine_with_warmup, parameter_groups
 from training.run import Run
 from training.trainer import Trainer
 from util import open_input

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from cli.training_flags import SEARCHABLE, check_loss_flags
 from dataset import EncodedData
 from model import EMBEDDINGS, Classifier, TransformerEmbedding, build_model, load_classifier
-from pretrained.loading import load_tokenizer, save_pretrained
+from pretrained.loading import load_tokenizer
+from pretrained.saving import save_pretrained
 from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
 from text.labels import NO_LABEL, read_labels
@@ -82,7 +83,7 @@ def load_data(args: argparse.Namespace, config: dict[str, Any], kind: str,
 def new_model(args: argparse.Namespace, config: dict[str, Any], train: EncodedData,
               accelerator: Accelerator) -> Classifier:
     """The untrained classifier that the config describes; a Gaussian decoder is fitted in closed form."""
-    embedding = EMBEDDINGS[train.encoding.kind].for_training(train, args)
+    embedding = EMBEDDINGS[train.encoding.kind].for_training(train, **vars(args))
     model = build_model(config, len(train.labels), embedding)
     fit_decoder(model, train, args.eval_batch_size, accelerator)
     return model

@@ -1,8 +1,12 @@
 """What makes training a transformer faster and leaves what it learns as it is.
 
-On a CPU dropout draws fewer random numbers, and attention is computed in fewer and faster steps than by torch, whose
-fused kernels take no dropout. Everywhere, gradients and optimizer state exist only for the tokens that the data have;
-the other rows of the token table each process holds as they are, with ZeRO's stage 3 too.
+On a CPU, dropout draws fewer random numbers, and attention takes fewer and faster steps than torch's, whose fused
+kernels have no dropout there. On a GPU, attention masks are made without waiting for the GPU. Everywhere, gradients and
+optimizer state exist only for the tokens that the data have; each process holds the other rows of the token table as
+they are, with ZeRO's stage 3 too.
+
+Modules are changed in place: `module.__class__ = X` gives a module that a model already holds the methods of a subclass
+of its own class, and leaves its parameters, buffers, hooks and name in the state dict as they are.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrained.loading import attention_of
+
 _LEVELS = 1 << 16  # of a random number of 16 bits
-_ATTENTION = "training_on_cpu"  # among transformers' implementations of attention
+_ON_CPU, _ON_GPU = "training_on_cpu", "training_on_gpu"  # among transformers' implementations of attention
 
 
 def speed_up_training(transformer: Any, device: torch.device, token_ids: Any) -> None:
@@ -28,34 +34,58 @@ def speed_up_training(transformer: Any, device: torch.device, token_ids: Any) ->
     for module in transformer.modules():
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
-    if device.type == "cpu" and transformer.config._attn_implementation == "sdpa":  # else the model has its own
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import eager_mask
-
-        AttentionInterface.register(_ATTENTION, attention)
-        AttentionMaskInterface.register(_ATTENTION, eager_mask)
-        transformer.set_attn_implementation(_ATTENTION)
+    if attention_of(transformer) == "sdpa":  # else the model has its own
+        choose_attention(transformer, device)
     if token_ids is not None:
         train_read_rows(transformer, token_ids)
+
+
+def choose_attention(transformer: Any, device: torch.device) -> None:
+    """Let a model whose attention is torch's compute it as is fastest in training on this device."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import eager_mask
+
+    if device.type == "cpu":
+        AttentionInterface.register(_ON_CPU, attention)
+        AttentionMaskInterface.register(_ON_CPU, eager_mask)
+        transformer.set_attn_implementation(_ON_CPU)
+    elif device.type == "cuda":
+        AttentionInterface.register(_ON_GPU, sdpa_attention_forward)
+        AttentionMaskInterface.register(_ON_GPU, mask_without_asking)
+        transformer.set_attn_implementation(_ON_GPU)
+        # cuDNN, which torch prefers in half precision on Hopper GPUs, plans anew for each new batch size and length,
+        # and batches of like sentences have many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def mask_without_asking(**kwargs: Any) -> Tensor | None:
+    """The mask of torch's attention, True where a query sees a key: [B, 1, T queries, T keys].
+
+    transformers would leave it out where nothing is masked, and to know that wait in each pass for the GPU's answer.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 # --------------------------------------------------------------------------------------------------------- dropout
 
 
 class FastDropout(nn.Dropout):
-    """nn.Dropout that lets 16 random bits decide on an element of a CPU tensor, in place of a number of its own.
+    """nn.Dropout that decides on each element of a CPU tensor by 16 random bits, a quarter of a random number.
 
-    torch's generator, which the seed sets and a resumed run goes on with, is asked for a quarter as many numbers. The
-    probability is rounded to a multiple of 2^-16: 0.1 becomes 0.100006, by which what stays is scaled, too.
+    The bits come from torch's generator, which the seed sets and a resumed run continues. The probability is rounded to
+    a multiple of 2^-16: 0.1 becomes 0.100006. What stays is scaled by the rounded probability.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x and the answer of any shape."""
+        """x of any shape -> the same shape."""
         return fast_dropout(x, self.p) if self.training else x
 
 
 def fast_dropout(x: Tensor, p: float) -> Tensor:
-    """What FastDropout does in training: x and the answer of any shape."""
+    """What FastDropout does in training: x of any shape -> the same shape."""
     dropped = round(p * _LEVELS)
     if not 0 < dropped < _LEVELS or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
@@ -71,15 +101,15 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
               scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple[Tensor, None]:
     """Scaled dot-product attention, as transformers' models call it (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
 
-    Scores stand in memory with the queries last, [B, heads, T keys, T queries], so that the softmax over keys works on
-    whole vectors of queries: over the last axis torch computes it slowly where sentences are short.
+    The scores are laid out with the queries last, [B, heads, T keys, T queries], so that the softmax over the keys runs
+    over whole vectors of queries. Over the last axis torch's softmax is slow where sentences are short.
 
     Args:
         query, key, value: [B, heads, T, size].
-        attention_mask: what is added to the scores, [B or 1, 1 or heads, T queries, T keys]; None: nothing.
+        attention_mask: added to the scores, [B or 1, 1 or heads, T queries, T keys]; None: nothing is.
 
     Returns:
-        [B, T queries, heads, size], and None in the place of the weights.
+        [B, T queries, heads, size], and None where transformers expects the attention weights.
     """
     batch, heads, length, size = query.shape
     causal = kwargs.get("is_causal")
@@ -106,63 +136,63 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
 class PartialEmbedding(nn.Embedding):
     """An nn.Embedding of which some rows are trained and the others are frozen.
 
-    AdamW without weight decay leaves rows without gradients as they are, so that a model learns what it would with the
-    whole table; its steps leave out the zeros. State dicts hold the whole table, under its own name.
+    A model learns what it would with the whole table: AdamW without weight decay never changes a row without gradients.
+    State dicts hold the whole table, under its own name.
 
     Attributes:
         weight: the trained rows [N, D].
-        whole: all rows [V, D]; the trained ones as they were at first, or when last loaded.
-        rows: where the trained ones stand in it [N] int64.
-        places: for each row its place among the trained ones, and N for the others [V] int64.
+        table: all rows [V, D]; the trained ones as they were at first, or when last loaded.
+        rows: the index in the table of each trained row [N] int64.
+        positions: for each row of the table, its index among the trained ones, or N if it is frozen [V] int64.
     """
 
-    whole: Tensor
+    table: Tensor
     rows: Tensor
-    places: Tensor
+    positions: Tensor
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids of any shape [...] -> [..., D]."""
-        places, count = self.places[input_ids], len(self.rows)
-        trained = F.embedding(places.clamp(max=count - 1), self.weight)
-        return torch.where((places < count).unsqueeze(-1), trained, F.embedding(input_ids, self.whole))
+        positions, count = self.positions[input_ids], len(self.rows)
+        trained = F.embedding(positions.clamp(max=count - 1), self.weight)
+        return torch.where((positions < count).unsqueeze(-1), trained, F.embedding(input_ids, self.table))
 
 
 def train_read_rows(transformer: Any, token_ids: Any) -> None:
-    """Train of a transformer's token table the rows that the data read, where lookups are all that uses the table.
+    """Train only those rows of a transformer's token table that the data read, unless more than lookups use the table.
 
     Args:
         token_ids: all of the training data's, an array of integers.
     """
     module = transformer.get_input_embeddings()
-    table = module.weight
-    users = sum(parameter is table for one in transformer.modules() for parameter in one.parameters(recurse=False))
-    if type(module) is not nn.Embedding or users != 1 or not table.requires_grad or module.max_norm is not None:
+    weight = module.weight
+    users = sum(parameter is weight for one in transformer.modules() for parameter in one.parameters(recurse=False))
+    if type(module) is not nn.Embedding or users != 1 or not weight.requires_grad or module.max_norm is not None:
         return
-    seen = np.zeros(len(table), dtype=bool)
+    seen = np.zeros(len(weight), dtype=bool)
     seen[token_ids] = True
     read = torch.from_numpy(seen)
     if module.padding_idx is not None:
         read[module.padding_idx] = False  # it gets no gradient
     if not read.any():
         return
-    rows, whole = read.nonzero().flatten(), table.detach()
-    places = torch.full((len(whole),), len(rows)).index_put((rows,), torch.arange(len(rows)))
-    module.weight = nn.Parameter(whole[rows])
-    for name, tensor in (("whole", whole), ("rows", rows), ("places", places)):
+    rows, table = read.nonzero().flatten(), weight.detach()
+    positions = torch.full((len(table),), len(rows)).index_put((rows,), torch.arange(len(rows)))
+    module.weight = nn.Parameter(table[rows])
+    for name, tensor in (("table", table), ("rows", rows), ("positions", positions)):
         module.register_buffer(name, tensor, persistent=False)
     module.__class__ = PartialEmbedding
-    module.register_state_dict_post_hook(_fill_in)
-    module.register_load_state_dict_pre_hook(_take_out)
+    module.register_state_dict_post_hook(_insert_rows)
+    module.register_load_state_dict_pre_hook(_extract_rows)
 
 
-def _fill_in(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The whole table in the place of the trained rows, in a state dict that is made."""
-    state[f"{prefix}weight"] = module.whole.index_copy(0, module.rows, state[f"{prefix}weight"])
+def _insert_rows(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Replace the trained rows in a new state dict by the whole table."""
+    state[f"{prefix}weight"] = module.table.index_copy(0, module.rows, state[f"{prefix}weight"])
 
 
-def _take_out(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The trained rows in the place of the whole table, in a state dict that is loaded."""
+def _extract_rows(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Replace the whole table in a state dict that is loaded by the trained rows."""
     table = state.get(f"{prefix}weight")
-    if table is not None and table.shape == module.whole.shape:  # else torch says what does not fit
-        module.whole.copy_(table)
+    if table is not None and table.shape == module.table.shape:  # else torch says what does not fit
+        module.table.copy_(table)
         state[f"{prefix}weight"] = table[module.rows.to(table.device)]

@@ -29,8 +29,7 @@ from tqdm import tqdm
 from cli.training_flags import DECISIVE
 from compression.quantization import start_quantization
 from dataset import Batch, BucketSampler, prefetch, shard
-from model import parameter_groups
-from pretrained.loading import merged_weights
+from pretrained.surgery import merged_weights
 from sentence_classifier.errors import InputError
 from training.curves import Curves
 from training.distributed import (
@@ -48,6 +47,7 @@ from training.losses import (
     cosine_with_warmup,
     evaluate,
     make_criterion,
+    parameter_groups,
 )
 from training.run import Run
 from util import Checkpoint, load_state, save_checkpoint, save_state, second_name

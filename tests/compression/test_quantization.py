@@ -37,8 +37,8 @@ from compression.quantization import (
     weight_scale,
 )
 from dataset import EncodedData, pad
-from model import build_model, load_classifier
-from pretrained.loading import TransformerEmbedding, load_pretrained
+from model import TransformerEmbedding, build_model, load_classifier
+from pretrained.loading import load_pretrained
 from util import load_checkpoint
 
 TRAINED_WAYS = ("qat", "qat_fx", "diffq")

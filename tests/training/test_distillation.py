@@ -19,7 +19,8 @@ from torch import Tensor
 import preprocess
 import train
 from dataset import EncodedData, pad
-from pretrained.loading import TransformerEmbedding, load_pretrained
+from model import TransformerEmbedding
+from pretrained.loading import load_pretrained
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from training import distillation

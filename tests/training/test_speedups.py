@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import LAYERS, make_model
+from architectures import ARCHITECTURES, LAYERS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model import parameter_groups
-from pretrained.loading import load_pretrained
-from training.speedups import FastDropout, attention, speed_up_training
+from pretrained.loading import attention_of, load_pretrained
+from training.losses import parameter_groups
+from training.speedups import FastDropout, attention, choose_attention, mask_without_asking, speed_up_training
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -97,6 +97,43 @@ def test_attention_with_fewer_heads_of_keys_goes_through_torch() -> None:
     assert attention(module, q, kv, kv, torch.zeros(2, 1, 5, 5))[0].shape == (2, 5, 4, 8)
 
 
+def test_masks_for_a_gpu_are_made_without_asking_it() -> None:
+    """On a device that cannot answer, transformers' own mask fails, and a passing test of ours proves something."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    for function, skip in ((bidirectional_mask_function, "bidirectional"), (causal_mask_function, "causal")):
+        wanted = {"batch_size": 2, "q_length": 5, "kv_length": 5, "mask_function": function, "device": "meta",
+                  "attention_mask": torch.ones(2, 5, dtype=torch.bool, device="meta"), f"allow_is_{skip}_skip": True}
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            sdpa_mask(**wanted)
+        made = mask_without_asking(**wanted)
+        assert made is not None and made.shape == (2, 1, 5, 5) and made.dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES])
+def test_attention_for_a_gpu_is_torchs(tmp_path: Path, name: str) -> None:
+    """Computed here on the CPU: the same vectors, whether some tokens are masked or none."""
+    model = load_pretrained(str(make_model(name, tmp_path, WORDS * 20))).eval()
+    if attention_of(model) != "sdpa":
+        return
+    ids = torch.tensor([[4, 5, 6, 7], [7, 6, 5, 4]])
+    masks = [torch.ones_like(ids), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])]
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        answers = []
+        for device in (None, "cuda"):
+            if device:
+                choose_attention(model, torch.device(device))
+                assert attention_of(model) == "training_on_gpu" and not torch.backends.cuda.cudnn_sdp_enabled()
+            with torch.no_grad():
+                answers.append([model(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
+                                for mask in masks])
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    for theirs, ours in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 WORDS = ["play some jazz", "call my mother", "will it rain in paris"]
 
 
@@ -170,7 +207,7 @@ def test_only_plain_dropout_and_torchs_attention_are_replaced(tmp_path: Path) ->
     used: list[bool] = []
     from transformers import AttentionInterface
 
-    name = model.config._attn_implementation
+    name = attention_of(model)
     whole = AttentionInterface()[name]
     AttentionInterface.register(name, lambda *a, **k: used.append(True) or whole(*a, **k))
     try:
@@ -182,4 +219,4 @@ def test_only_plain_dropout_and_torchs_attention_are_replaced(tmp_path: Path) ->
     eager = load_pretrained(folder)
     eager.set_attn_implementation("eager")  # as for a teacher whose attentions are read
     speed_up_training(eager, torch.device("cpu"), None)
-    assert eager.config._attn_implementation == "eager"
+    assert attention_of(eager) == "eager"

@@ -1,4 +1,4 @@
-"""Low-rank adapters on transformers: trained, merged on save, resumed."""
+"""Layers that are left out, and low-rank adapters: trained, merged on save, resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, make_model
+from architectures import ARCHITECTURES, LAYERS, make_model
 from cases import Case, make_case
 from helpers import ROOT, refusal, same_weights
 
@@ -15,7 +15,9 @@ import evaluate
 import preprocess
 import train
 from model import load_classifier
-from pretrained.loading import add_lora, load_pretrained, merged_weights
+from pretrained.layout import layer_lists
+from pretrained.loading import load_pretrained
+from pretrained.surgery import add_lora, merged_weights, remove_layers
 from sentence_classifier.errors import InputError
 from training.trainer import Trainer
 from util import load_checkpoint
@@ -105,3 +107,37 @@ def test_where_it_has_no_meaning(encoded: Case, tmp_path: Path) -> None:
     squeeze = load_pretrained(str(make_model("SqueezeBERT", tmp_path, ["play some jazz"] * 20)))
     with pytest.raises(InputError, match="no linear layers"):  # all of its matrices are grouped convolutions
         add_lora(squeeze, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- fewer layers
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES])
+def test_remove_layers(tmp_path: Path, name: str) -> None:
+    folder = make_model(name, tmp_path / "model", ["play some jazz", "call my mother"])
+    model = load_pretrained(str(folder)).eval()
+    count = model.config.num_hidden_layers
+    remove_layers(model, [1] if count > 2 else [count - 1])
+    assert model.config.num_hidden_layers == count - 1
+    assert all(len(layers) == count - 1 for layers in layer_lists(model))
+    ids = torch.arange(4, 12).unsqueeze(0)
+    with torch.inference_mode():
+        after = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        model.save_pretrained(tmp_path / "saved")
+        again = load_pretrained(str(tmp_path / "saved")).eval()
+        assert torch.equal(after, again(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
+
+
+def test_remove_layers_keeps_the_right_ones(tmp_path: Path) -> None:
+    folder = make_model("BERT", tmp_path / "model", ["play some jazz"])
+    whole, part = load_pretrained(str(folder)), load_pretrained(str(folder))
+    remove_layers(part, [0])
+    for place in range(LAYERS - 1):
+        kept, own = part.encoder.layer[place].state_dict(), whole.encoder.layer[place + 1].state_dict()
+        assert all(torch.equal(kept[name], own[name]) for name in own)
+
+
+def test_a_layer_that_the_others_need(tmp_path: Path) -> None:
+    model = load_pretrained(str(make_model("T5", tmp_path / "model", ["play some jazz"])))
+    with pytest.raises(Exception, match="relative_attention_bias"):
+        remove_layers(model, [0])
