@@ -8,15 +8,13 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as make_profiler
 
 from benchmarks import harness
 from benchmarks.speed import training_rate
@@ -32,16 +30,6 @@ from util import ROOT, keep_freed_memory
 
 CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64
-# What torch's operators do, by the first of these words in their names; what is left counts as other operators.
-KINDS = {
-    "matrix products": ("mm", "linear", "matmul"),
-    "dropout": ("bernoulli", "dropout"),
-    "normalization and activation": ("layer_norm", "gelu", "softmax", "relu", "tanh"),
-    "optimizer and clipping": ("adamw", "optimizer", "vector_norm", "foreach"),
-    "copies and casts": ("copy", "clone", "fill", "zero", "cat"),
-    "elementwise arithmetic and sums": ("mul", "add", "sub", "div", "sum", "where", "isneginf", "all"),
-}
-MATRIX_SIZE = 2048  # of the square matrices by which the processor's rate is told
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class Setup:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Sentences a second of --bert_model_name_or_path on --data_dir, each side in turn; memory, and where time goes."""
+    """Sentences a second of --bert_model_name_or_path on --data_dir, and the memory that it takes."""
     sizes: harness.Sizes = args.sizes
     source, notes, flags = prepare(args, folder)
     steps = sizes.warm_up_steps + sizes.padded_steps
@@ -79,14 +67,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         theirs: partial(alone, trainer_rate, setup, folder)}
     rates = harness.interleave(sides, sizes.rounds, warm_up=False)
     middle = harness.medians(rates)
-    times, operations = alone(profile, setup)
     notes.append(f"{Path(setup.name).name}, {CONFIG.name}, data set {source.name}: {len(data):,} sentences of "
                  f"{data.lengths.mean():.1f} tokens, n_ctx {setup.config['n_ctx']}, batches of {BATCH_SIZE}")
     return {"notes": notes, "device": device.type, "sentences_a_second": rates, "peak_mb": peak, "figures": [
         harness.rate_figure("fine-tuning, ", middle, ours, base, ">= 20"),
         harness.rate_figure("fine-tuning, ", middle, ours, theirs, ">= 1.25"),
-        harness.figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB"),
-        *where_time_goes(times, operations, device, precision)]}
+        harness.figure("peak memory of fine-tuning : 2,000 MB", peak / 2000, "<= 1", f"{peak:,.0f} MB")]}
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str], list[str]]:
@@ -114,7 +100,7 @@ def alone(measure: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(measure, *args).result()
 
 
-def our_rate(setup: Setup, profiler: Any = None) -> float:
+def our_rate(setup: Setup) -> float:
     """Sentences a second as train.py trains."""
     keep_freed_memory()
 
@@ -123,7 +109,7 @@ def our_rate(setup: Setup, profiler: Any = None) -> float:
         speed_up_training(model.embedding.transformer, torch.device(setup.device), EncodedData(setup.data).token_ids)
         return model
 
-    return training_rate(make_model, setup.flags, setup.data, setup.precision, 0, setup.sizes, profiler)
+    return training_rate(make_model, setup.flags, setup.data, setup.precision, 0, setup.sizes)
 
 
 def plain_rate(setup: Setup) -> float:
@@ -163,50 +149,3 @@ def trainer_rate(setup: Setup, folder: Path) -> float:
     # The last batch of an epoch is smaller; over whole epochs the sentences are those of the file.
     sentences = len(rows) if not setup.sizes.bucketed_steps else steps * BATCH_SIZE
     return sentences / (times[-1] - times[warm_up - 1])
-
-
-def profile(setup: Setup) -> tuple[dict[str, float], int]:
-    """Seconds by kind of operator of some steps as train.py takes them, and the operations of their matrix products."""
-    on_gpu = setup.device == "cuda"
-    profiler = make_profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
-                             with_flops=True)
-    our_rate(replace(setup, sizes=replace(setup.sizes, bucketed_steps=setup.sizes.padded_steps)), profiler)
-    times: dict[str, float] = dict.fromkeys([*KINDS, "other operators"], 0.0)
-    operations = 0
-    for event in profiler.key_averages():
-        kind = kind_of(event.key)
-        times[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        operations += event.flops if kind == "matrix products" else 0
-    return times, operations
-
-
-def kind_of(operator: str) -> str:
-    """Which of KINDS an operator of torch is, by its name."""
-    name = operator.lower().removeprefix("aten::")
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other operators")
-
-
-def where_time_goes(times: dict[str, float], operations: int, device: torch.device,
-                    precision: str) -> list[dict[str, Any]]:
-    """What profile found, as shares of the time, and the matrix products' rate beside that of large matrices."""
-    whole, figure = sum(times.values()), harness.figure
-    mine, most = operations / times["matrix products"], matrix_rate(device, precision)
-    return [*(figure(f"fine-tuning, {precision}, time of its operators: {kind}", seconds / whole, "",
-                     f"{seconds:.2f} of {whole:.2f} s")
-              for kind, seconds in sorted(times.items(), key=lambda item: -item[1])),
-            figure(f"its matrix products' rate : that of {MATRIX_SIZE} x {MATRIX_SIZE} matrices", mine / most, "",
-                   f"{mine / 1e9:,.0f} : {most / 1e9:,.0f} billion operations a second"),
-            figure("matrix products at that rate : all operators' time", operations / most / whole, "",
-                   f"{operations / most:.2f} of {whole:.2f} s")]
-
-
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Additions and multiplications a second of square matrices, the fastest of some products."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    a, b = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, dtype=dtype, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * MATRIX_SIZE ** 3 / min(seconds)

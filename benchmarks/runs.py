@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 # The code that decides a run's weights; another version of it makes the run's row stale.
 DECISIVE = ("preprocess.py", "train.py", "cli/training_flags.py", "training/run.py", "training/speedups.py",
             "training/trainer.py", "training/losses.py", "model.py", "dataset.py", "text/lines.py", "text/vectors.py",
-            "text/vocabulary.py",
-            "pretrained/loading.py", "pretrained/layout.py", "pretrained/masking.py",
+            "text/vocabulary.py", "pretrained/loading.py", "pretrained/layout.py", "pretrained/masking.py",
             "pretrained/surgery.py")
 DECISIVE_FOR_TEXT = ("augment_data.py", "text/tagging.py", "text/labels.py")
 DECISIVE_FOR_STUDENTS = (*DECISIVE, *DECISIVE_FOR_TEXT, "fastformers.py", "training/distillation.py",

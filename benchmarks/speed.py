@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def training_rate(make_model: Callable[[], Classifier], flags: dict[str, Any], path: Path, precision: str, pad_to: int,
-                  sizes: harness.Sizes, profiler: AbstractContextManager[Any] | None = None) -> float:
+                  sizes: harness.Sizes) -> float:
     """Sentences a second of the Trainer's own epoch, without evaluation and files, for a fresh model.
 
     Args:
@@ -80,7 +79,6 @@ def training_rate(make_model: Callable[[], Classifier], flags: dict[str, Any], p
         flags: as train.py resolved them.
         path: the encoded training data.
         pad_to: pad all batches to so many positions; 0: each to its longest sentence.
-        profiler: is entered for the measured steps.
     """
 
     class PaddedData(EncodedData):
@@ -112,9 +110,8 @@ def training_rate(make_model: Callable[[], Classifier], flags: dict[str, Any], p
             trainer.sentences = 0
             steps = sizes.padded_steps if pad_to else sizes.bucketed_steps
             trainer.total_steps = trainer.progress.step + (steps or len(trainer.sampler))
-            with profiler or nullcontext():
-                start = time.perf_counter()
-                trainer.train_epoch(bar)
-                return trainer.sentences / (time.perf_counter() - start)
+            start = time.perf_counter()
+            trainer.train_epoch(bar)
+            return trainer.sentences / (time.perf_counter() - start)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
