@@ -396,8 +396,8 @@ class Trainer:
         loss_sum = total(torch.stack(self.losses).cpu().double().sum().view(1), self.accelerator).item()
         self.losses.clear()
         if not math.isfinite(loss_sum):
-            raise Diverged(f"the loss is {loss_sum} at step {self.progress.step + 1}; lower --lr (now {self.args.lr:g}). The "
-                           "best checkpoint so far, if there is one, is untouched.")
+            raise Diverged(f"the loss is {loss_sum} at step {self.progress.step + 1}; lower --lr (now "
+                           f"{self.args.lr:g}). The best checkpoint so far, if there is one, is untouched.")
         self.progress.loss_sum += loss_sum
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -441,6 +441,7 @@ class Trainer:
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
         self.read_losses()
+        progress = self.progress
         if self.quantization and self.processes > 1:  # each process has seen ranges of its own
             ranges = self.quantization.state_dict()
             self.quantization.load_state_dict(
@@ -449,19 +450,19 @@ class Trainer:
             metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device,
                                self.accelerator)
             if not math.isfinite(metrics["loss"]):
-                raise Diverged(f"the valid loss is {metrics['loss']} at step {self.progress.step}; lower --lr.")
-            point = {"step": self.progress.step, "epoch": self.progress.epoch, "train_loss": self.progress.loss_sum / max(1, self.progress.loss_count),
-                     "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"],
-                     "lr": self.optimizer.param_groups[0]["lr"]}
-            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
-            self.progress.history.append(point)
-            better = self.progress.stopping.is_better(metrics, self.progress.best)
+                raise Diverged(f"the valid loss is {metrics['loss']} at step {progress.step}; lower --lr.")
+            point = {"step": progress.step, "epoch": progress.epoch,
+                     "train_loss": progress.loss_sum / max(1, progress.loss_count), "valid_loss": metrics["loss"],
+                     "valid_accuracy": metrics["accuracy"], "lr": self.optimizer.param_groups[0]["lr"]}
+            progress.loss_sum, progress.loss_count = 0.0, 0
+            progress.history.append(point)
+            better = progress.stopping.is_better(metrics, progress.best)
             if better:
-                self.progress.best = point
+                progress.best = point
                 self.save_model(point)
-        if end_of_epoch and self.progress.stopping.ends() and not self.progress.finished:
+        if end_of_epoch and progress.stopping.ends() and not progress.finished:
             logger.info("[no gain on valid for %d epochs: stopping]", self.args.patience)
-            self.progress.finished = True
+            progress.finished = True
         self._report(point, better, bar)
         self.save_state()
 
