@@ -22,7 +22,7 @@ from conftest import Place
 from helpers import refusal, same_weights, script, write_config
 
 import train
-from cli import training_flags as training
+from training import run as training_run
 from training import search, trainer
 from training.search import open_storage
 
@@ -283,7 +283,7 @@ def test_24_trials_of_two_workers_one_killed(encoded: Place, storage: str) -> No
 def test_an_interrupted_search_goes_on(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = flags(encoded, trials=4)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(search.Search, "remove_beaten", lambda self: patch.setattr(training, "make_record", interrupt))
+        patch.setattr(search.Search, "remove_beaten", lambda self: patch.setattr(training_run, "describe", interrupt))
         train.main(argv)
     assert end.value.code == 130
     storage = f"{encoded.model}.trials/study.journal"

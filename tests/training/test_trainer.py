@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Place
-from helpers import make_config
+from helpers import make_config, make_run_info
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +20,8 @@ from dataset import EncodedData, load_table, pad
 from model import WordEmbedding, build_model
 from training import trainer
 from training.losses import cosine_with_warmup, evaluate
-from training.trainer import Trainer
+from training.run import Run
+from training.trainer import EarlyStopping, Trainer
 
 CPU = torch.device("cpu")
 
@@ -36,8 +37,8 @@ def make_trainer(place: Place, *flags: str) -> Trainer:
     torch.manual_seed(args.seed)
     table = load_table(place.data / "embedding.npy", data.encoding.table)
     model = build_model(make_config(dropout=0.0), 4, WordEmbedding(table, data.encoding.seen_rows))
-    record = {"run_id": "test", "identity": "test", "flags": {}}
-    made = Trainer(model, data, EncodedData(place.data / "valid.txt.ids"), args, record, Accelerator(cpu=True))
+    made = Trainer(Run(args, data, EncodedData(place.data / "valid.txt.ids"), make_run_info(), model,
+                       Accelerator(cpu=True)))
     made.writer = Silent()
     return made
 
@@ -86,7 +87,7 @@ def test_accumulated_epochs_equal_whole_batches(encoded: Place, flags: list[str]
         assert made.steps_per_epoch == 1
         for _ in range(3):
             made.train_epoch(tqdm(disable=True))
-        assert made.step == made.total_steps == 3
+        assert made.progress.step == made.total_steps == 3
         ends.append(parameters(made))
     close(*ends)
 
@@ -138,11 +139,11 @@ def test_which_warmup_wins(encoded: Place, flags: list[str], warmup: int) -> Non
     assert made.total_steps == 24 and made._warmup_steps() == warmup
 
 
-def test_maxtrain_steps(encoded: Place) -> None:
-    made = make_trainer(encoded, "--epoch=4", "--maxtrain_steps=8")
-    while not made.finished:
+def test_max_train_steps(encoded: Place) -> None:
+    made = make_trainer(encoded, "--epoch=4", "--max_train_steps=8")
+    while not made.progress.finished:
         made.train_epoch(tqdm(disable=True))
-    assert made.step == made.total_steps == 8
+    assert made.progress.step == made.total_steps == 8
 
 
 def test_averaged_model_is_saved_and_training_goes_on_without_it(encoded: Place) -> None:
@@ -184,7 +185,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *metrics: tuple[float, float]) -> 
 
 
 def run(made: Trainer) -> Trainer:
-    while not made.finished:
+    while not made.progress.finished:
         made.train_epoch(tqdm(disable=True))
     return made
 
@@ -196,8 +197,8 @@ COURSE = [(0.9, 0.5), (0.5, 0.6), (0.7, 0.8), (0.8, 0.8), (0.6, 0.7), (0.5, 0.6)
 def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPatch, measure: str, epoch: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--measure={measure}"))
-    assert made.best["step"] == epoch * made.steps_per_epoch and made.best["epoch"] == epoch
-    assert torch.load(encoded.model, weights_only=True)["metrics"] == made.best
+    assert made.progress.best["step"] == epoch * made.steps_per_epoch and made.progress.best["epoch"] == epoch
+    assert torch.load(encoded.model, weights_only=True)["metrics"] == made.progress.best
 
 
 @pytest.mark.parametrize(("patience", "measure", "last"), [
@@ -205,14 +206,14 @@ def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPat
 def test_patience(encoded: Place, monkeypatch: pytest.MonkeyPatch, patience: int, measure: str, last: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--patience={patience}", f"--measure={measure}"))
-    assert made.epoch == last
+    assert made.progress.epoch == last
 
 
 def test_a_gain_within_the_epoch_counts(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     course = [(0.9, 0.5), (0.8, 0.5), (0.85, 0.5), (0.7, 0.5), (0.75, 0.5), (0.72, 0.5), (0.73, 0.5)]
     scripted(monkeypatch, *course)
     made = run(make_trainer(encoded, "--epoch=9", "--patience=1", "--eval_and_save_steps=4"))  # 6 steps an epoch
-    assert made.epoch == 3 and made.best["valid_loss"] == 0.7
+    assert made.progress.epoch == 3 and made.progress.best["valid_loss"] == 0.7
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -227,10 +228,10 @@ def test_valid_loss_that_is_no_number(encoded: Place, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("measure", "better"), [("loss", False), ("accuracy", True)])
-def test_equals(encoded: Place, measure: str, better: bool) -> None:
-    made = make_trainer(encoded, f"--measure={measure}")
-    made.best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
-    assert made._is_better({"loss": 0.5, "accuracy": 0.9}) == better
+def test_equals(measure: str, better: bool) -> None:
+    stopping = EarlyStopping(measure, patience=1)
+    best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
+    assert stopping.is_better({"loss": 0.5, "accuracy": 0.9}, best) == better and not stopping.gained
 
 
 def test_state_path(encoded: Place) -> None:
@@ -249,5 +250,5 @@ def test_on_epoch_hears_of_each_epoch_and_may_end_the_run(encoded: Place) -> Non
     made.on_epoch = on_epoch
     with pytest.raises(StopIteration):
         run(made)
-    assert heard == [(point["epoch"], point["step"], point["valid_accuracy"]) for point in made.history
+    assert heard == [(point["epoch"], point["step"], point["valid_accuracy"]) for point in made.progress.history
                      if point["step"] % 6 == 0] and len(heard) == 3
