@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=Path(script).name if script else None, description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    @property
+    def actions(self) -> dict[str, argparse.Action]:
+        """What add_argument made, by the name that the parsed flags have; argparse has no public name for it."""
+        return {action.dest: action for action in self._actions}
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         parsed, unknown = self.parse_known_args(words, namespace)
@@ -49,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: Sequence[str] | None) -> set[str]:
         """The names of the flags that a command line holds."""
         words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-        return {action.dest for action in self._actions if words & set(action.option_strings)}
+        return {name for name, action in self.actions.items() if words & set(action.option_strings)}
 
 
 def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection[str] = ()) -> list[str]:
@@ -58,8 +63,8 @@ def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection
     Args:
         leave_out: names of flags, as `args` has them, that do not matter.
     """
-    return [word for action in parser._actions if action.dest not in leave_out and hasattr(args, action.dest)
-            for value in [getattr(args, action.dest)] if value != parser.get_default(action.dest)
+    return [word for name, action in parser.actions.items() if name not in leave_out and hasattr(args, name)
+            for value in [getattr(args, name)] if value != parser.get_default(name)
             for word in format_flag(action, value)]
 
 
