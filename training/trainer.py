@@ -380,9 +380,12 @@ class Trainer:
             self.read_losses()
         if self.args.max_grad_norm and not is_sharded(self.accelerator):
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0
         self.optimizer.step()
-        # In fp16 the scaler leaves a step out whose gradients overflowed: then nothing has been learned.
-        if not (self.accelerator.scaler and self.accelerator.optimizer_step_was_skipped):
+        # In fp16 the scaler skips a step whose gradients overflow, and lowers its scale. (accelerate does not notice:
+        # a fused AdamW is called all the same, and skips the step by itself.)
+        if not scaler or scaler.get_scale() >= scale:
             self.scheduler.step()
             if self.average:
                 self.average.update()
