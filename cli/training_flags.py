@@ -104,7 +104,7 @@ class TrainingFlag:
                                         f"{self.default}")
         if self.in_config:
             default = f"the config's, else {default}" if default else "the config's"
-        text = f"{self.help} (default: {default})" if default else self.help
+        text = f"{self.help.removesuffix('.')} (default: {default})." if default else self.help
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": self.default}
         if self.action is not None:
             options |= {"action": self.action, "default": bool(self.default)}
