@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import Place
 from helpers import make_config, make_run_info
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from tqdm import tqdm
 
 import train
+from cli.training_flags import TABLE
 from dataset import EncodedData, load_table, pad
 from model import WordEmbedding, build_model
 from training import trainer
@@ -157,6 +162,32 @@ def test_averaged_model_is_saved_and_training_goes_on_without_it(encoded: Place)
         assert torch.equal(saved[name], value)
 
 
+def test_a_skipped_step_moves_neither_the_schedule_nor_the_average(encoded: Place) -> None:
+    """In fp16 a step is skipped whose gradients overflow; here the scaler of a GPU is at work on the CPU."""
+    made = make_trainer(encoded, "--ema_decay=0.9", "--max_grad_norm=0", "--num_warmup_steps=4")
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    made.optimizer = AcceleratedOptimizer(made.optimizer.optimizer, scaler=made.accelerator.scaler)
+    made.accelerator._optimizers = [made.optimizer]
+    loss = made._loss
+
+    def state() -> tuple[Any, ...]:
+        return made.scheduler.last_epoch, made.average.updates, [*parameters(made), *map(Tensor.clone,
+                                                                                         made.average.average)]
+
+    for step in range(4):
+        before = state()
+        made._loss = lambda batch, step=step: loss(batch) * (math.inf if step == 2 else 1.0)
+        made.read_losses = made.losses.clear
+        made.train_step([batch_of(made, 0, 1, 2)], 3)
+        after = state()
+        moved = [not torch.equal(one, other) for one, other in zip(before[2], after[2], strict=True)]
+        if step == 2:
+            assert after[:2] == before[:2] and not any(moved) and made.accelerator.scaler.get_scale() == 2.0
+        else:
+            assert after[:2] == (before[0] + 1, before[1] + 1) and any(moved) == (step > 0)  # the first rate is 0
+        assert made.progress.step == step + 1
+
+
 def test_evaluate_against_a_loop(encoded: Place) -> None:
     made = make_trainer(encoded)
     found = evaluate(made.plain_model, made.valid_data, 5, CPU)
@@ -232,6 +263,46 @@ def test_equals(measure: str, better: bool) -> None:
     stopping = EarlyStopping(measure, patience=1)
     best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
     assert stopping.is_better({"loss": 0.5, "accuracy": 0.9}, best) == better and not stopping.gained
+
+
+@given(st.sampled_from(["loss", "accuracy", "last"]), st.integers(1, 4), st.lists(
+    st.tuples(st.sampled_from([0.1, 0.2, 0.3]), st.sampled_from([0.7, 0.8, 0.9])), min_size=1, max_size=12))
+def test_early_stopping(measure: str, patience: int, epochs: list[tuple[float, float]]) -> None:
+    """It stops after `patience` epochs none of which was better than the best before; equals are kept by accuracy."""
+    stopping, best = EarlyStopping(measure, patience), {}
+    last_gain = None
+    for epoch, (loss, accuracy) in enumerate(epochs, 1):
+        before = epochs[: epoch - 1]
+        gain = measure == "last" or not before or (
+            loss < min(x for x, _ in before) if measure == "loss" else accuracy > max(x for _, x in before))
+        tie = measure == "accuracy" and bool(before) and accuracy == max(x for _, x in before)
+        better = stopping.is_better({"loss": loss, "accuracy": accuracy}, best)
+        assert better == (gain or tie)
+        if better:
+            best = {"valid_loss": loss, "valid_accuracy": accuracy}
+        last_gain = epoch if gain else last_gain
+        stops = stopping.ends()
+        assert stops == (epoch - last_gain >= patience) and stopping.epochs_without_gain == epoch - last_gain
+        if stops:
+            break
+
+
+def test_a_resumed_run_must_share_the_decisive_flags_and_no_others(encoded: Place) -> None:
+    made = make_trainer(encoded)
+    names = [*(flag.name for flag in TABLE), "precision"]
+    made.info = make_run_info(flags=dict.fromkeys(names, "now"))
+    decisive = []
+    for name in names:
+        other = make_run_info(flags={**made.info.flags, name: "then"})
+        try:
+            made._load_progress({"processes": 1, "run": other, "progress": asdict(made.progress)})
+        except trainer.InputError as error:
+            assert f"other flags ({name} then then, now now)" in str(error)
+            decisive.append(name)
+    assert decisive == [*(flag.name for flag in TABLE if flag.decisive), "precision"]
+    # What must decide, and what must not, whatever the table says.
+    assert {"lr", "seed", "batch_size", "epoch", "criterion", "embedding_trainable", "restore_path"} <= set(decisive)
+    assert not {"resume", "save_path", "log_path", "keep_checkpoints", "local_rank"} & set(decisive)
 
 
 def test_state_path(encoded: Place) -> None:
