@@ -135,8 +135,9 @@ def add_pruning_flags(parser: Parser) -> None:
 
 def check_distillation_flags(args: argparse.Namespace) -> None:
     """Refuse what does not go together, before anything is loaded."""
-    if not args.teacher_model_path:
-        raise InputError("--do_distill: name the teacher's checkpoint with --teacher_model_path.")
+    if not Path(args.teacher_model_path or "").is_file():
+        raise InputError(f"--teacher_model_path={args.teacher_model_path or ''}: no such checkpoint; name the "
+                         "teacher's, which train.py wrote.")
     for flag, teacher in (("save_path", args.teacher_model_path),
                           ("bert_output_dir", args.teacher_bert_model_name_or_path)):
         if teacher and Path(getattr(args, flag)).resolve() == Path(teacher).resolve():

@@ -195,7 +195,8 @@ def exclusive(flag: str, path: str | None) -> Iterator[None]:
             raise InputError(f"{flag}={path}: cannot be written ({error.strerror}); choose another place.") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.stat(place)  # not removed in between by the run before
+            if not os.path.samestat(os.stat(place), os.fstat(file.fileno())):
+                raise OSError  # removed in between by the run before, and made anew by another
         except OSError:
             raise InputError(f"{flag}={path}: another run is writing to it; wait for its end, or choose another place."
                              ) from None

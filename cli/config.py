@@ -187,8 +187,7 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> tuple[argpa
     `sources` of the flags says of each whether the user gave it ("flag"), the config ("config") or nobody ("default").
     """
     config = load_config(parser.parse_args(argv).config)
-    flags = {action.dest for action in parser._actions}
-    recipe = {key: value for key, value in config.items() if key in RECIPE_KEYS and key in flags}
+    recipe = {key: value for key, value in config.items() if key in RECIPE_KEYS and key in parser.actions}
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     given = parser.given(argv)

@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=Path(script).name if script else None, description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    @property
+    def actions(self) -> dict[str, argparse.Action]:
+        """What add_argument made, by the name that the parsed flags have; argparse has no public name for it."""
+        return {action.dest: action for action in self._actions}
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         parsed, unknown = self.parse_known_args(words, namespace)
@@ -49,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     def given(self, argv: Sequence[str] | None) -> set[str]:
         """The names of the flags that a command line holds."""
         words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-        return {action.dest for action in self._actions if words & set(action.option_strings)}
+        return {name for name, action in self.actions.items() if words & set(action.option_strings)}
 
 
 def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection[str] = ()) -> list[str]:
@@ -58,8 +63,8 @@ def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection
     Args:
         leave_out: names of flags, as `args` has them, that do not matter.
     """
-    return [word for action in parser._actions if action.dest not in leave_out and hasattr(args, action.dest)
-            for value in [getattr(args, action.dest)] if value != parser.get_default(action.dest)
+    return [word for name, action in parser.actions.items() if name not in leave_out and hasattr(args, name)
+            for value in [getattr(args, name)] if value != parser.get_default(name)
             for word in format_flag(action, value)]
 
 
@@ -139,24 +144,24 @@ def one_of(args: argparse.Namespace, *flags: str) -> str | None:
 
 def add_config_flag(group: argparse._ArgumentGroup, default: str | None) -> None:
     """--config."""
-    said = default or "what the checkpoint was trained with"
-    group.add_argument("--config", default=default, help=f"the model's JSON config (default: {said})")
+    group.add_argument("--config", default=default, help="The model's JSON config (default: "
+                       f"{default or 'what the checkpoint was trained with'}).")
 
 
 def add_data_dir_flag(group: argparse._ArgumentGroup, default: str | None = DATA_DIR) -> None:
     """--data_dir."""
-    said = default or "where the checkpoint was trained"
     group.add_argument("--data_dir", default=default,
-                       help=f"folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them "
-                            f"(default: {said})")
+                       help="The folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them "
+                            f"(default: {default or 'where the checkpoint was trained'}).")
 
 
 def add_bert_flag(group: argparse._ArgumentGroup, default: str = "bert-base-uncased") -> None:
     """--bert_model_name_or_path."""
     group.add_argument("--bert_model_name_or_path", default=default,
-                       help="the pretrained transformer: a folder or a hub name (default: %(default)s)")
+                       help="The pretrained transformer: a folder or a hub name (default: %(default)s).")
 
 
 def add_device_flag(group: argparse._ArgumentGroup) -> None:
     """--device."""
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)")
+    group.add_argument("--device", help="Compute on cpu, cuda, cuda:1, mps ... (default: cuda where there is one, "
+                                        "else cpu).")

@@ -85,13 +85,12 @@ class TrainingFlag:
         Raises:
             ValueError: what is wrong with the value.
         """
-        switch, text = self.action is not None, self.type in (str, number_list)
-        if isinstance(value, bool) != switch:
-            raise ValueError(f"must be {'true or false' if switch else 'a value of the flag'}")
+        switch = self.action is not None
+        text = not switch and self.type in (str, number_list)
+        if isinstance(value, bool) != switch or not isinstance(value, str if text else int | float):
+            raise ValueError(f"must be {'true or false' if switch else 'a word' if text else 'a number'}")
         if switch:
             return value
-        if not isinstance(value, str if text else int | float):
-            raise ValueError(f"must be a {'word' if text else 'number'}")
         if self.choices and value not in self.choices:
             raise ValueError(f"must be one of {', '.join(self.choices)}")
         try:
@@ -105,7 +104,7 @@ class TrainingFlag:
                                         f"{self.default}")
         if self.in_config:
             default = f"the config's, else {default}" if default else "the config's"
-        text = f"{self.help} (default: {default})" if default else self.help
+        text = f"{self.help.removesuffix('.')} (default: {default})." if default else self.help
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": self.default}
         if self.action is not None:
             options |= {"action": self.action, "default": bool(self.default)}

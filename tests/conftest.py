@@ -28,9 +28,9 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
     if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState
+        from training.distributed import reset_accelerate
 
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate(processes=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

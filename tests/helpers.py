@@ -195,6 +195,23 @@ def naive(content: bytes, labelled: bool = True) -> list[tuple[int, str, str] | 
     return found
 
 
+class Malicious:
+    """Unpickling it makes the file `executed`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+def malicious_zip(path: Path) -> None:
+    """Write what looks like a checkpoint and would run code."""
+    import torch
+
+    from util import CHECKPOINT_FORMAT
+
+    content = {"format": CHECKPOINT_FORMAT, "run": make_run_info().to_json(), "metrics": {}, "model": Malicious()}
+    torch.save(content, path)
+
+
 def make_run_info(**changes: Any) -> Any:
     """What a checkpoint says of a run that never was."""
     from util import EncodingInfo, RunInfo

@@ -14,10 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Place
-from helpers import ENCODERS, answer, make_lines, naive, refusal, restore, script, snapshot, write_config, write_lines
+from helpers import (
+    ENCODERS,
+    answer,
+    make_lines,
+    malicious_zip,
+    naive,
+    refusal,
+    restore,
+    script,
+    snapshot,
+    write_config,
+    write_lines,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_util import malicious_zip
 
 import evaluate
 import preprocess

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,8 @@ def test_a_resumed_student_is_the_same(school: School, tmp_path: Path, monkeypat
 
     def killed(trainer: Trainer) -> None:
         save(trainer)
-        saves.append(trainer.step)
-        if trainer.step == 8:
+        saves.append(trainer.progress.step)
+        if trainer.progress.step == 8:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -224,9 +225,9 @@ def test_what_does_not_go_together(school_once: School, tmp_path: Path) -> None:
     (tmp_path / "curve.json").write_text('{"history": [{"step": 1}]}')
     before = snapshot(school_once.root)
     for flags, said in (
-        (["--teacher_model_path="], "name the teacher's checkpoint"),
+        (["--teacher_model_path="], "no such checkpoint; name the teacher's"),
         (["--teacher_model_path=missing.pt"], "no such checkpoint"),
-        ([f"--teacher_model_path={teacher}.state"], "holds no model"),
+        ([f"--teacher_model_path={teacher}.state"], "holds no finished model"),
         ([f"--save_path={teacher}"], "that is the teacher"),
         ([f"--teacher_bert_model_name_or_path={school_once.root / 'student'}"], "that is the teacher"),
         (["--mpl_data_path=missing.raw"], "missing.raw: no such file"),
@@ -248,8 +249,9 @@ def test_what_does_not_go_together(school_once: School, tmp_path: Path) -> None:
 
 
 def test_teachers_that_do_not_fit(school: School) -> None:
-    other = {**load_checkpoint(school.root / "teacher.pt"), "labels": ["yes", "no", "maybe", "never"]}
-    save_checkpoint({key: value for key, value in other.items() if key != "format"}, school.root / "other.pt")
+    other = load_checkpoint(school.root / "teacher.pt")
+    encoding = replace(other.run.encoding, labels=("yes", "no", "maybe", "never"))
+    save_checkpoint(replace(other, run=replace(other.run, encoding=encoding)), school.root / "other.pt")
     said = refusal(fastformers.main, *school.distill_flags(f"--teacher_model_path={school.root / 'other.pt'}"))
     assert "the teacher's labels (yes, no, maybe, never) are not those of the student's data (PlayMusic" in said
     write_config(school.root / "glove.json")

@@ -23,6 +23,7 @@ from helpers import (
     ENCODERS,
     answer,
     make_lines,
+    malicious_zip,
     refusal,
     restore,
     same_weights,
@@ -32,16 +33,15 @@ from helpers import (
     write_config,
     write_lines,
 )
-from test_util import malicious_zip
 
 import evaluate
 import preprocess
 import train
 from dataset import EncodedData
 from sentence_classifier.labels import Labels
-from text.labels import read_labels
+from text.labels import read_labels, write_labels
 from training import trainer
-from util import load_checkpoint
+from util import load_checkpoint, load_state
 
 # Everything that could make a resumed run stray: all kinds of dropout, averaging, accumulation with an incomplete
 # group, evaluations within an epoch.
@@ -108,9 +108,9 @@ def check_whole(place: Place) -> None:
     """Every file under a final name is whole; what is not has a temporary name."""
     for path in place.root.iterdir():
         if path.name.startswith("."):
-            assert path.name.endswith(".tmp"), path
+            assert path.name.endswith((".tmp", ".lock")), path
         elif path.name.startswith("model.pt"):
-            assert path.suffix in (".pt", ".state", ".epoch") and load_checkpoint(path).run.identity
+            assert path.suffix in (".pt", ".state", ".epoch") and load_state(path)["run"].identity
 
 
 def kill_at(place: Place, flags: list[str], states: int, fraction: float) -> bool:
@@ -190,7 +190,7 @@ def test_a_finished_run_has_nothing_to_resume(encoded: Place) -> None:
 
 @pytest.mark.parametrize("flag", ["--lr=0.5", "--seed=7", "--batch_size=9", "--epoch=9", "--measure=accuracy",
                                   "--ema_decay=.5", "--eval_and_save_steps=3", "--embedding_trainable",
-                                  "--maxtrain_steps=3", "--criterion=LabelSmoothingCrossEntropy",
+                                  "--max_train_steps=3", "--criterion=LabelSmoothingCrossEntropy",
                                   "--gradient_accumulation_steps=2"])
 def test_resume_with_other_flags(encoded: Place, flag: str) -> None:
     run_until(3, encoded.train_flags("--eval_and_save_steps=2"))
@@ -258,8 +258,9 @@ def test_files_of_a_run(encoded: Place, caplog: pytest.LogCaptureFixture) -> Non
     checkpoint = load_checkpoint(encoded.model)
     assert checkpoint.run.config == {**json.loads(encoded.config.read_text()), "tokenizer": "whitespace"}
     assert checkpoint.run.flags["lr"] == 0.02
-    assert checkpoint.run.labels.names == list(read_labels(encoded.data / "label.txt").names)
-    assert {"versions", "git_revision", "date", "command", "run_id"} <= set(checkpoint)
+    assert checkpoint.run.labels == read_labels(encoded.data / "label.txt")
+    assert all((checkpoint.run.versions, checkpoint.run.git_revision, checkpoint.run.date, checkpoint.run.run_id))
+    assert checkpoint.run.command.endswith(" --lr=0.02")
     found = results(encoded)
     assert found["best"] == checkpoint.metrics and found["run_id"] == checkpoint.run.run_id
     assert found["flags"]["lr"] == 0.02 and found["best"]["valid_loss"] == min(
@@ -288,11 +289,11 @@ def test_config_settings_reach_the_run(encoded: Place) -> None:
 def test_which_rows_train(encoded: Place, trainable: bool) -> None:
     write_config(encoded.config, "gnb")  # every word of a sentence has a part in the mean
     train.main(encoded.train_flags(*["--embedding_trainable"] * trainable))
-    facts = EncodedData(encoded.data / "train.txt.ids").facts
+    encoding = EncodedData(encoded.data / "train.txt.ids").encoding
     table = torch.from_numpy(np.load(encoded.data / "embedding.npy"))
     state = weights(encoded.model)
-    rows = facts["seen_rows" if trainable else "own_rows"]
-    assert facts["own_rows"] < facts["seen_rows"] < len(table)
+    rows = encoding.seen_rows if trainable else encoding.own_rows
+    assert encoding.own_rows < encoding.seen_rows < len(table)
     assert [name for name in state if name.startswith("embedding")] == ["embedding.trainable"]
     moved = (state["embedding.trainable"] != table[:rows]).any(1)
     assert len(moved) == rows and moved[2:].all() and not moved[:2].any()  # <pad> and <unk> do not occur
@@ -320,7 +321,7 @@ def test_restore_refuses_weights_that_mean_something_else(encoded: Place) -> Non
     (encoded.root / "model.pt.state").rename(encoded.root / "other.pt")
     for main, flags in ((evaluate.main, encoded.evaluate_flags(f"--model_path={encoded.root}/other.pt")),
                         (train.main, encoded.train_flags(f"--restore_path={encoded.root}/other.pt"))):
-        assert "other.pt: the state of a finished run, which holds no model" in refusal(main, *flags)
+        assert "other.pt: the state of a run, which holds no finished model" in refusal(main, *flags)
 
 
 def test_resume_before_the_first_evaluation_ignores_an_older_run(encoded: Place, tmp_path: Path,
@@ -362,7 +363,7 @@ def test_reduced_precision_still_evaluates_in_fp32(encoded: Place) -> None:
 def teacher(raw: Place) -> Place:
     """Data whose training labels are a teacher's logits."""
     names = Labels(("PlayMusic", "GetWeather", "book a table", "none of these"))
-    names.write(raw.data / "label.txt")
+    write_labels(names, raw.data / "label.txt")
     noise = np.random.default_rng(0)
     lines = [(sentence, " ".join(f"{x:.3f}" for x in 4 * np.eye(4)[names.index()[label]] + noise.normal(size=4)))
              for sentence, label in make_lines(60, 0)]
@@ -411,7 +412,7 @@ def refused_without_a_trace(place: Place, *flags: Any) -> str:
 
 def edit_labels(data: Path) -> None:
     names = read_labels(data / "label.txt").names
-    Labels(tuple(reversed(names))).write(data / "label.txt")
+    write_labels(Labels(tuple(reversed(names))), data / "label.txt")
 
 
 def other_table(data: Path) -> None:
@@ -556,9 +557,8 @@ def test_keeping_checkpoints(encoded: Place) -> None:
 def test_the_end_of_the_last_epoch_stays_within_reach(encoded: Place) -> None:
     """Another number of processes goes on from there: within an epoch, it would not know what is left of it."""
     run_until(4, encoded.train_flags("--eval_and_save_steps=4"))  # 6 steps an epoch: one file at the start, three here
-    within = load_checkpoint(f"{encoded.model}.state")
-    assert within["progress"]["position"] == 4
-    assert load_checkpoint(f"{encoded.model}.state.epoch")["progress"]["step"] == 0
+    assert load_state(f"{encoded.model}.state")["progress"]["position"] == 4
+    assert load_state(f"{encoded.model}.state.epoch")["progress"]["step"] == 0
     assert trainer.find_state(str(encoded.model), 1)["progress"]["step"] == 4
     assert trainer.find_state(str(encoded.model), 2)["progress"]["step"] == 0
     train.main(encoded.train_flags("--eval_and_save_steps=4", "--resume"))

@@ -13,23 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, Malicious, make_run_info, malicious_zip
 
 import util
 from cli.devices import choose_device, choose_precision
 from sentence_classifier.errors import InputError
-from util import load_checkpoint, peek_identity, save_checkpoint, versions
-
-
-class Malicious:
-    """Unpickling it makes a file."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("executed"),)
+from util import CHECKPOINT_FORMAT, Checkpoint, load_checkpoint, peek_identity, save_checkpoint, versions
 
 
 def saved(path: Path, identity: str = "a", number: float = 1.0) -> bytes:
-    save_checkpoint({"identity": identity, "model": {"w": torch.full((3,), number)}}, path)
+    save_checkpoint(Checkpoint(run=make_run_info(identity=identity), model={"w": torch.full((3,), number)}, metrics={}),
+                    path)
     return path.read_bytes()
 
 
@@ -39,16 +33,12 @@ def test_round_trip() -> None:
     assert peek_identity("model.pt") == "a" and peek_identity("missing.pt") is None
 
 
-def malicious_zip(path: Path) -> None:
-    torch.save({"format": 1, "identity": "a", "model": Malicious()}, path)
-
-
 def malicious_pickle(path: Path) -> None:
     path.write_bytes(pickle.dumps(Malicious()))
 
 
 def malicious_old_format(path: Path) -> None:
-    torch.save({"format": 1, "model": Malicious()}, path, _use_new_zipfile_serialization=False)
+    torch.save({"format": CHECKPOINT_FORMAT, "model": Malicious()}, path, _use_new_zipfile_serialization=False)
 
 
 def truncated(path: Path) -> None:
@@ -56,7 +46,7 @@ def truncated(path: Path) -> None:
 
 
 def other_version(path: Path) -> None:
-    torch.save({"format": 0, "identity": "a"}, path)
+    torch.save({"format": CHECKPOINT_FORMAT - 1, "run": make_run_info().to_json(), "model": {}, "metrics": {}}, path)
 
 
 def no_dictionary(path: Path) -> None:

@@ -383,7 +383,8 @@ class DistillationTrainer(Trainer):
                 found = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
                 means |= {f"valid {name}": value for name, value in found.items()}
                 self.model.train()
-            logger.info("[step %d] %s", self.progress.step, ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+            logger.info("[step %d] %s", self.progress.step,
+                        ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
             for name, value in means.items():
                 self.writer.add_scalar(f"distillation/{name.replace(' ', '_')}", value, self.progress.step)
 

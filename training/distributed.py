@@ -50,7 +50,6 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
         InputError: the launcher asks for what this toolkit has not, or the flags do not go with DeepSpeed.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
     for name in ("FSDP", "MEGATRON_LM"):
@@ -63,9 +62,11 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
     if plugin:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of DeepSpeed's calls
         _start_deepspeed(args, device)
+    else:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"  # --zero_stage=0 beats the launcher
     if "LOCAL_RANK" in os.environ and device.type == "cpu":
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
+    reset_accelerate()  # an earlier training in this process may have had another precision
     # Accumulation is the Trainer's own business; without a plugin, a launcher's number would divide the loss once more.
     accumulation = GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps if plugin else 1)
     # Told that it is on the CPU, accelerate leaves DeepSpeed out.
@@ -79,6 +80,17 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
     return accelerator
 
 
+def reset_accelerate(processes: bool = False) -> None:
+    """Forget what accelerate knows of this process, so that another Accelerator may have other settings.
+
+    Args:
+        processes: forget the group of processes, too.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=processes)  # it has no public name
+
+
 def _launcher_says(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
@@ -87,7 +99,6 @@ def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
     """DeepSpeed's settings: from --zero_stage, or else from accelerate launch; None: without DeepSpeed."""
     given = args.zero_stage is not None
     if not (args.zero_stage if given else _launcher_says("ACCELERATE_USE_DEEPSPEED")):
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
         return None
     try:
         import deepspeed  # noqa: F401
@@ -102,7 +113,6 @@ def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
     settings = plugin.deepspeed_config
     zero = settings["zero_optimization"]
     if not zero.get("stage"):
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
         return None
     for name in ("optimizer", "scheduler"):
         if settings.pop(name, None):
@@ -154,9 +164,14 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Acc
     if accelerator.num_processes > 1 and accelerator.ddp_handler and not is_sharded(accelerator):
         accelerator.ddp_handler.find_unused_parameters = not _all_learn(model)
     prepared = accelerator.prepare(model, optimizer)
-    for name in ("forward", "_original_forward"):  # accelerate's autocast, which the Trainer enters itself
-        vars(model).pop(name, None)
+    remove_autocast(model)
     return prepared
+
+
+def remove_autocast(model: nn.Module) -> None:
+    """Give a model its own forward back, which accelerate has put under autocast: the Trainer enters it itself."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
 
 
 def _all_learn(model: nn.Module) -> bool:
@@ -235,7 +250,7 @@ def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator:
     zero = optimizer.optimizer
     state = {}
     if zero.optimizer.state:
-        _link(zero)
+        _link_moments(zero)
         steps = next(iter(zero.optimizer.state.values()))["step"].cpu()
         for number, parameter in enumerate(parameters):
             moments = {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
@@ -262,14 +277,17 @@ def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], acceler
     for shard in flat:
         zero.optimizer.state[shard] = {"step": steps.clone().to(shard.device),
                                        **{name: torch.zeros_like(shard) for name in MOMENTS}}
-    _link(zero)
+    _link_moments(zero)
     for number, parameter in enumerate(parameters):
         for name in MOMENTS:
             safe_set_full_optimizer_state(parameter, saved["state"][number][name].to(parameter.device), name)
 
 
-def _link(zero: Any) -> None:
-    """Let stages 1 and 2 find the state of all groups: of themselves they look once, after the first group's step."""
+def _link_moments(zero: Any) -> None:
+    """Let DeepSpeed's stages 1 and 2 find the optimizer's state of all groups.
+
+    They look for it only once, after the step of the first group, and have no public name for looking again.
+    """
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -279,14 +297,14 @@ def _link(zero: Any) -> None:
 
 
 def end_processes() -> None:
-    """Leave the group of processes, when all is done."""
+    """Leave the group of processes at the end of the script."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
-    """Where another process dies, or the launcher ends all of them for that, the block ends with a sentence.
+    """End the block with a sentence when another process dies, or when the launcher ends all processes for that.
 
     Args:
         advice: what to do then.

@@ -44,7 +44,8 @@ def make_criterion(name: str, class_weights: Tensor | None = None,
         if name == "KLDivLoss":
             return F.kl_div(logits.log_softmax(-1), targets.log_softmax(-1), reduction="none", log_target=True).sum(-1)
         return F.cross_entropy(logits, targets.softmax(-1) if targets.is_floating_point() else targets,
-                               weight=class_weights, label_smoothing=smoothing, reduction="none", ignore_index=UNKNOWN_LABEL)
+                               weight=class_weights, label_smoothing=smoothing, reduction="none",
+                               ignore_index=UNKNOWN_LABEL)
 
     return criterion
 

@@ -121,7 +121,7 @@ def log_recipe(args: argparse.Namespace, kind: str, precision: str) -> None:
         precision: what --mixed_precision came to.
     """
     said: dict[str, list[str]] = {"flag": [], "config": [], "default": []}
-    for name, flag in SEARCHABLE.items():
+    for name in SEARCHABLE:
         value, source = getattr(args, name), args.sources[name]
         applies = name != "bert_model_name_or_path" or kind == SUBWORDS
         if applies and (source != "default" or value not in (None, False, 0, "none")):

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import did_you_mean
+from cli.flags import did_you_mean, number_list
 from cli.training_flags import SEARCHABLE, TrainingFlag
 from sentence_classifier.errors import FlagError, InputError
 
@@ -49,7 +49,7 @@ def _check_values(flag: TrainingFlag | None, rule: Any, where: str, hint: str) -
         if len(rule) < 2 or len({str(value) for value in rule}) < len(rule):
             raise InputError(f"{where}: two or more different values are expected.")
         return [_check_value(flag, value, where) for value in rule]
-    listed = flag.action is not None or bool(flag.choices)
+    listed = flag.action is not None or flag.type in (str, number_list)
     if not isinstance(rule, dict) or listed:
         raise InputError(f"{where}: a list of values is expected" + (
             "." if listed else ', or a range {"low": ..., "high": ...}.'))
@@ -61,8 +61,6 @@ def _check_values(flag: TrainingFlag | None, rule: Any, where: str, hint: str) -
         if key not in rule:
             raise InputError(f"{where}: {key} is missing.")
     low, high = (_check_value(flag, rule[key], f"{where}: {key}") for key in ("low", "high"))
-    if not isinstance(low, int | float):
-        raise InputError(f"{where}: no number, and so no range; a list of values is expected.")
     if low > high:
         raise InputError(f"{where}: low is {low}, above high, which is {high}.")
     log, step = rule.get("log", False), rule.get("step")
@@ -84,7 +82,7 @@ def _check_value(flag: TrainingFlag, value: Any, where: str) -> Any:
     try:
         held = flag.convert(value)
     except ValueError as error:
-        raise InputError(f"{where}: {json.dumps(value)}: {error}.") from None
+        raise InputError(f"{where} is {json.dumps(value)}: {error}.") from None
     return held if isinstance(held, int | float) else value  # a list of layers stays as it is written
 
 

@@ -381,9 +381,12 @@ class Trainer:
             self.read_losses()
         if self.args.max_grad_norm and not is_sharded(self.accelerator):
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler else 1.0
         self.optimizer.step()
-        # In fp16 the scaler leaves a step out whose gradients overflowed: then nothing has been learned.
-        if not (self.accelerator.scaler and self.accelerator.optimizer_step_was_skipped):
+        # In fp16 the scaler skips a step whose gradients overflow, and lowers its scale. (accelerate does not notice:
+        # a fused AdamW is called all the same, and skips the step by itself.)
+        if not scaler or scaler.get_scale() >= scale:
             self.scheduler.step()
             if self.average:
                 self.average.update()
@@ -397,8 +400,8 @@ class Trainer:
         loss_sum = total(torch.stack(self.losses).cpu().double().sum().view(1), self.accelerator).item()
         self.losses.clear()
         if not math.isfinite(loss_sum):
-            raise Diverged(f"the loss is {loss_sum} at step {self.progress.step + 1}; lower --lr (now {self.args.lr:g}). The "
-                           "best checkpoint so far, if there is one, is untouched.")
+            raise Diverged(f"the loss is {loss_sum} at step {self.progress.step + 1}; lower --lr (now "
+                           f"{self.args.lr:g}). The best checkpoint so far, if there is one, is untouched.")
         self.progress.loss_sum += loss_sum
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -442,6 +445,7 @@ class Trainer:
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
         self.read_losses()
+        progress = self.progress
         if self.quantization and self.processes > 1:  # each process has seen ranges of its own
             ranges = self.quantization.state_dict()
             self.quantization.load_state_dict(
@@ -450,19 +454,19 @@ class Trainer:
             metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device,
                                self.accelerator)
             if not math.isfinite(metrics["loss"]):
-                raise Diverged(f"the valid loss is {metrics['loss']} at step {self.progress.step}; lower --lr.")
-            point = {"step": self.progress.step, "epoch": self.progress.epoch, "train_loss": self.progress.loss_sum / max(1, self.progress.loss_count),
-                     "valid_loss": metrics["loss"], "valid_accuracy": metrics["accuracy"],
-                     "lr": self.optimizer.param_groups[0]["lr"]}
-            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
-            self.progress.history.append(point)
-            better = self.progress.stopping.is_better(metrics, self.progress.best)
+                raise Diverged(f"the valid loss is {metrics['loss']} at step {progress.step}; lower --lr.")
+            point = {"step": progress.step, "epoch": progress.epoch,
+                     "train_loss": progress.loss_sum / max(1, progress.loss_count), "valid_loss": metrics["loss"],
+                     "valid_accuracy": metrics["accuracy"], "lr": self.optimizer.param_groups[0]["lr"]}
+            progress.loss_sum, progress.loss_count = 0.0, 0
+            progress.history.append(point)
+            better = progress.stopping.is_better(metrics, progress.best)
             if better:
-                self.progress.best = point
+                progress.best = point
                 self.save_model(point)
-        if end_of_epoch and self.progress.stopping.ends() and not self.progress.finished:
+        if end_of_epoch and progress.stopping.ends() and not progress.finished:
             logger.info("[no gain on valid for %d epochs: stopping]", self.args.patience)
-            self.progress.finished = True
+            progress.finished = True
         self._report(point, better, bar)
         self.save_state()
 

@@ -163,10 +163,10 @@ def test_n_ctx_flag_beats_the_config(tmp_path: Path) -> None:
     assert preprocess.get_params([f"--config={path}", "--n_ctx=5"])[1]["n_ctx"] == 5
 
 
-def test_contract_defaults() -> None:
+def test_contract_defaults(tmp_path: Path) -> None:
     args, _ = train.get_params([f"--config={ROOT / 'configs/config-glove-gnb.json'}"])
     expected = {"data_dir": "data/snips", "embedding_filename": "embedding.npy", "label_filename": "label.txt",
-                "batch_size": 128, "eval_batch_size": 128, "maxtrain_steps": None, "eval_and_save_steps": 500,
+                "batch_size": 128, "eval_batch_size": 128, "max_train_steps": None, "eval_and_save_steps": 500,
                 "num_warmup_steps": None, "warmup_epoch": 0, "save_path": "pytorch-model.pt", "restore_path": None,
                 "adam_epsilon": 1e-8, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "log_dir": "runs",
                 "seed": 42, "augmented": False}
@@ -174,8 +174,10 @@ def test_contract_defaults() -> None:
     args, config = evaluate.get_params([])
     assert (args.model_path, args.batch_size, args.num_examples, args.num_threads) == ("pytorch-model.pt", 1, 0, 0)
     assert config is None
-    args, _ = fastformers.get_params(["--do_distill", f"--config={ROOT / 'configs/config-bert-cls.json'}"])
-    expected = {"teacher_config": None, "teacher_model_path": None, "teacher_bert_model_name_or_path": None,
+    (tmp_path / "teacher.pt").touch()
+    args, _ = fastformers.get_params(["--do_distill", f"--config={ROOT / 'configs/config-bert-cls.json'}",
+                                      f"--teacher_model_path={tmp_path / 'teacher.pt'}"])
+    expected = {"teacher_config": None, "teacher_bert_model_name_or_path": None,
                 "state_loss_ratio": 0, "state_distill_cs": False, "att_loss_ratio": 0, "logging_steps": 500,
                 "log_evaluate_during_training": False, "mpl_data_path": None, "mpl_warmup_steps": 1000,
                 "mpl_learning_rate": 5e-5, "mpl_weight_decay": 0.1, "target_num_heads": 8, "target_ffn_dim": 2048,

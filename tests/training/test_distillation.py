@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from architectures import LAYERS, make_model
 from conftest import Place
+from helpers import make_run_info
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,6 +36,7 @@ from training.distillation import (
     matched_layers,
     state_loss,
 )
+from training.run import Run
 from util import load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- losses
@@ -119,12 +121,12 @@ def load(place: Place, labels: tuple[str, ...] | None = None, path: Path | None 
     """The teacher of a trained place."""
     path = path or place.model
     checkpoint = load_checkpoint(path)
-    return Teacher(checkpoint, str(path), [str(place.data)], Labels(labels or tuple(checkpoint.run.labels.names))).eval()
+    return Teacher(checkpoint, str(path), [str(place.data)], Labels(labels or checkpoint.run.labels.names)).eval()
 
 
 def test_a_teacher_answers_in_the_students_order(trained: Place) -> None:
     names = load_checkpoint(trained.model).run.labels.names
-    other = tuple(reversed(names))
+    other = names[::-1]
     batch = pad(EncodedData(trained.data / "valid.txt.ids").rows(range(5)))
     with torch.no_grad():
         own = load(trained)(batch.input_ids, batch.attention_mask)
@@ -150,7 +152,7 @@ def test_answers_are_the_teachers_logits_and_are_kept(trained: Place, monkeypatc
     # Another teacher, or other sentences, and they are asked for anew.
     checkpoint = load_checkpoint(trained.model)
     checkpoint.model["decoder.output.bias"] = checkpoint.model["decoder.output.bias"] + 1.0
-    save_checkpoint({key: value for key, value in checkpoint.items() if key != "format"}, trained.root / "other.pt")
+    save_checkpoint(checkpoint, trained.root / "other.pt")
     other = answer(load(trained, path=trained.root / "other.pt"), data, False, 7, device)
     np.testing.assert_allclose(other, found + 1.0, atol=1e-5)
     kept.write_bytes(kept.read_bytes()[:100])
@@ -204,13 +206,12 @@ def make_trainer(place: Place, *flags: str, **changes: Any) -> DistillationTrain
     args = argparse.Namespace(**{**vars(args), **own, **changes})
     teacher, data = load(place), EncodedData(place.data / "train.txt.ids")
     taught = TaughtData(data.path, answer(teacher, data, False, 8, torch.device("cpu")))
-    record = {"run_id": "test", "identity": "test", "flags": {}}
     model = load(place).model
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return DistillationTrainer(model, taught, EncodedData(place.data / "valid.txt.ids"), args, record,
-                               Accelerator(cpu=True), teacher)
+    valid = EncodedData(place.data / "valid.txt.ids")
+    return DistillationTrainer(Run(args, taught, valid, make_run_info(), model, Accelerator(cpu=True)), teacher)
 
 
 def test_the_loss_is_the_sum_of_its_parts(trained: Place) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,17 @@ from dataset import EncodedData
 from model import load_classifier
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
-from sentence_classifier.tokenizers import MASK, WordTokenizer
+from sentence_classifier.tokenizers import MASK, WORDS, TokenizerInfo, WordTokenizer
 from text import labels as labelling
-from text.labels import NO_LABEL, LabelParser, column_order, find_logits_info, read_labels, write_logits_info
+from text.labels import (
+    NO_LABEL,
+    LabelParser,
+    column_order,
+    find_logits_info,
+    read_labels,
+    write_labels,
+    write_logits_info,
+)
 from training.distillation import Teacher, answer, labelled_by
 from util import load_checkpoint, save_checkpoint
 
@@ -73,7 +82,7 @@ def expected_logits(place: Place, path: Path | None = None) -> np.ndarray:
     """The teacher's logits, a sentence at a time."""
     checkpoint = load_checkpoint(path or place.model)
     model = load_classifier(checkpoint, [str(place.data)]).eval()
-    tokenizer = WordTokenizer(checkpoint.run.vocabulary, {**checkpoint.run.encoding, "augmented": True})
+    tokenizer = WordTokenizer(checkpoint.run.vocabulary, replace(checkpoint.run.encoding, augmented=True))
     with torch.inference_mode():
         return np.concatenate([model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)).numpy()
                                for ids, _ in tokenizer.tokenize_batch(TEXT)])
@@ -108,8 +117,8 @@ def test_the_shortest_numbers_that_read_back_the_same(labelled: Place, monkeypat
 def test_some_lines_at_a_time(labelled: Place, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     whole = rows(labelled.data / "augmented.raw.pred")
     sizes = []
-    chunks = labelling.chunks
-    monkeypatch.setattr(labelling, "chunks", lambda examples, *_: (
+    chunks = evaluate.chunks
+    monkeypatch.setattr(evaluate, "chunks", lambda examples, *_: (
         sizes.append(len(chunk)) or chunk for chunk in chunks(examples, 5)))
     found = rows(label(labelled, f"--batch_size={batch_size}"))
     assert sizes == [5, 5, 5, 5, 4] and [row[0] for row in found] == TEXT
@@ -138,7 +147,7 @@ def test_several_teachers_label_with_the_mean_of_their_logits(labelled: Place) -
     checkpoint = load_checkpoint(place.model)
     other = place.root / "other.pt"
     doubled = {name: 2 * value if name.startswith("decoder") else value for name, value in checkpoint.model.items()}
-    save_checkpoint({**checkpoint, "model": doubled, "run_id": "another"}, other)
+    save_checkpoint(replace(checkpoint, model=doubled, run=replace(checkpoint.run, run_id="another")), other)
     expected = expected_logits(place) + expected_logits(place, other)
     np.testing.assert_allclose([[float(x) for x in row[1].split()] for row in
                                 rows(label(place, f"--more_teachers={other}"))], expected / 2, atol=1e-5)
@@ -149,7 +158,8 @@ def test_several_teachers_label_with_the_mean_of_their_logits(labelled: Place) -
     assert data.has_logits and labelled_by(data) is None  # no one teacher's
 
     before, flags = snapshot(place.data), place.evaluate_flags("--augmented")
-    save_checkpoint({**checkpoint, "labels": list(reversed(checkpoint.run.labels.names)), "run_id": "a third"}, other)
+    turned = replace(checkpoint.run.encoding, labels=checkpoint.run.labels.names[::-1])
+    save_checkpoint(replace(checkpoint, run=replace(checkpoint.run, encoding=turned, run_id="a third")), other)
     assert "its labels" in refusal(evaluate.main, *flags, f"--more_teachers={other}")
     assert "of the same run" in refusal(evaluate.main, *flags, f"--more_teachers={place.model}")
     assert "goes with --augmented" in refusal(evaluate.main, *place.evaluate_flags(f"--more_teachers={other}"))
@@ -168,8 +178,8 @@ def test_a_teacher_need_not_answer_again_what_it_labelled(labelled: Place) -> No
     """fastformers.py --do_distill --augmented takes its logits from the file; another teacher answers for itself."""
     checkpoint = load_checkpoint(labelled.model)
     data = encode_student(labelled)
-    own, other = (Teacher({**checkpoint, "run_id": run_id}, str(labelled.model), [str(labelled.data)], data.labels)
-                  for run_id in (checkpoint.run.run_id, "another"))
+    own, other = (Teacher(replace(checkpoint, run=replace(checkpoint.run, run_id=run_id)), str(labelled.model),
+                          [str(labelled.data)], data.labels) for run_id in (checkpoint.run.run_id, "another"))
     answered = labelled.data / "augmented.txt.teacher"
     for teacher, asked in ((own, False), (other, True)):
         np.testing.assert_allclose(answer(teacher, data, True, 7, torch.device("cpu")), expected_logits(labelled),
@@ -219,12 +229,12 @@ def test_an_edited_file_has_no_record(labelled: Place) -> None:
     said = refused(labelled)
     assert said.startswith(f"{target}: ") and "no record" in said and "--logits_order" in said
     names = labelled.root / "names.txt"
-    Labels(NAMES[::-1]).write(names)
+    write_labels(Labels(NAMES[::-1]), names)
     preprocess.main(labelled.preprocess_flags("--augmented", "--augmented_filename=augmented.txt",
                                               f"--logits_order={names}"))
     numbers = np.array([row.split() for _, row in rows(target)], np.float32)
     np.testing.assert_array_equal(EncodedData(labelled.data / "augmented.txt.ids").targets, numbers[:, ::-1])
-    Labels((*NAMES[:3], "other")).write(names)
+    write_labels(Labels((*NAMES[:3], "other")), names)
     assert "are of the labels" in refused(labelled, f"--logits_order={names}")
     assert "no such file" in refused(labelled, f"--logits_order={names}x")
 
@@ -242,9 +252,9 @@ def test_logits_of_other_labels(labelled: Place) -> None:
 def test_an_order_that_contradicts_the_record(labelled: Place) -> None:
     shutil.copy(labelled.data / "augmented.raw.pred", labelled.data / "augmented.txt")
     names = labelled.root / "names.txt"
-    Labels(NAMES[::-1]).write(names)
+    write_labels(Labels(NAMES[::-1]), names)
     assert "contradicts" in refused(labelled, f"--logits_order={names}")
-    Labels(NAMES).write(names)
+    write_labels(Labels(NAMES), names)
     encode_student(labelled, f"--logits_order={names}")
 
 
@@ -262,7 +272,7 @@ def test_a_damaged_record(labelled: Place, damage: Callable[[bytes], bytes]) -> 
 def test_training_data_with_a_record_are_reordered_too(labelled: Place) -> None:
     path = labelled.data / "train.txt"
     shutil.copy(labelled.data / "augmented.raw.pred", path)
-    Labels(NAMES[::-1]).write(labelled.data / "label.txt")
+    write_labels(Labels(NAMES[::-1]), labelled.data / "label.txt")
     preprocess.main(labelled.preprocess_flags())
     numbers = np.array([row.split() for _, row in rows(path)], np.float32)
     np.testing.assert_array_equal(EncodedData(labelled.data / "train.txt.ids").targets, numbers[:, ::-1])
@@ -300,12 +310,12 @@ def test_kinds_of_labels_do_not_mix() -> None:
 
 @pytest.mark.parametrize("tokenizer", ["whitespace", "punctuation"])
 def test_the_mask_is_an_unknown_word(tokenizer: str) -> None:
-    facts = {"tokenizer": tokenizer, "lowercase": True, "n_ctx": 5}
+    info = TokenizerInfo(kind=WORDS, tokenizer=tokenizer, lowercase=True, n_ctx=5)
     vocabulary = "<pad>\n<unk>\nplay\nmask\n[mask]\n[\n]\n"
-    augmented = WordTokenizer(vocabulary, {**facts, "augmented": True})
+    augmented = WordTokenizer(vocabulary, replace(info, augmented=True))
     assert augmented.tokenize_batch(["play [MASK] play", MASK, f"{MASK} {MASK} play play play play", "play"]) == [
         ([2, 1, 2], 3), ([1], 1), ([1, 1, 2, 2, 2], 6), ([2], 1)]
-    assert 1 not in WordTokenizer(vocabulary, facts)("play [MASK]")
+    assert 1 not in WordTokenizer(vocabulary, info)("play [MASK]")
 
 
 def test_a_student_needs_labels(labelled: Place) -> None:

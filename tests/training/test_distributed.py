@@ -34,8 +34,8 @@ from util import load_checkpoint
 
 # 49 sentences in batches of 8: in the last batch, and in the last of the valid data, the second process has none.
 SIZES = (49, 17, 21)
-STEPS = ["--maxtrain_steps=50", "--epoch=20", "--patience=99", "--eval_and_save_steps=1"]
-FEWER = [*STEPS, "--maxtrain_steps=9"]
+STEPS = ["--max_train_steps=50", "--epoch=20", "--patience=99", "--eval_and_save_steps=1"]
+FEWER = [*STEPS, "--max_train_steps=9"]
 WHOLE, HALF, QUARTERS, EIGHTHS = (
     [f"--batch_size={size}", f"--gradient_accumulation_steps={steps}", f"--eval_batch_size={size * steps}"]
     for size, steps in ((8, 1), (4, 1), (2, 4), (1, 4)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dataset import EncodedData
 from sentence_classifier.errors import InputError
-from sentence_classifier.tokenizers import WordTokenizer
+from sentence_classifier.tokenizers import WORDS, TokenizerInfo, WordTokenizer
 from training.meta_pseudo_labels import LabelledText, UnlabelledText, log_probability_slopes, meta_loss, read_text
 
 SENTENCES, LABELS, FEATURES = 3, 2, 4
@@ -160,9 +160,9 @@ def test_student_and_teacher_read_the_same_sentences(encoded: Place) -> None:
     path = encoded.root / "more.txt"
     write_lines(path, lines)
     vocabulary = (encoded.data / "vocab.txt").read_text()
-    facts: dict[str, Any] = {"tokenizer": "whitespace", "lowercase": True, "n_ctx": 100}
-    own = WordTokenizer(vocabulary, facts)
-    other = WordTokenizer("\n".join(reversed(vocabulary.splitlines())), {**facts, "n_ctx": 4})
+    info = TokenizerInfo(kind=WORDS, tokenizer="whitespace", lowercase=True, n_ctx=100)
+    own = WordTokenizer(vocabulary, info)
+    other = WordTokenizer("\n".join(reversed(vocabulary.splitlines())), replace(info, n_ctx=4))
     places = [1499, 0, 1024, 7]
     for text, sentences in ((UnlabelledText(str(path), own, other), [sentence for sentence, _ in lines]),
                             (LabelledText(encoded.data / "train.txt.ids", other), None)):

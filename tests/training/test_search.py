@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import multiprocessing
 import os
 import shlex
 import signal
+import sqlite3
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,7 @@ from conftest import Place
 from helpers import refusal, same_weights, script, write_config
 
 import train
-from cli import training_flags as training
+from training import run as training_run
 from training import search, trainer
 from training.search import open_storage
 
@@ -283,7 +286,7 @@ def test_24_trials_of_two_workers_one_killed(encoded: Place, storage: str) -> No
 def test_an_interrupted_search_goes_on(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = flags(encoded, trials=4)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(search.Search, "remove_beaten", lambda self: patch.setattr(training, "make_record", interrupt))
+        patch.setattr(search.Search, "remove_beaten", lambda self: patch.setattr(training_run, "describe", interrupt))
         train.main(argv)
     assert end.value.code == 130
     storage = f"{encoded.model}.trials/study.journal"
@@ -394,6 +397,37 @@ def test_a_trial_too_large_for_the_machines_memory_fails(encoded: Place, monkeyp
     assert "can't allocate memory" in trials(STORAGES[1])[0].user_attrs["error"]
 
 
+def test_ended_trials_leave_no_model_behind(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete, diverged and pruned ones; a trial begins with no other model in memory."""
+    living: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    counts = []
+    new_model, train_epoch = training_run.new_model, trainer.Trainer.train_epoch
+
+    def count(*given: Any) -> Any:
+        counts.append(len(living))
+        living.add(model := new_model(*given))
+        return model
+
+    def end(self: trainer.Trainer, bar: Any) -> None:
+        train_epoch(self, bar)
+        if len(counts) == 3:
+            raise optuna.TrialPruned
+        if len(counts) == 4:
+            torch.empty(1 << 50)  # no memory
+        if len(counts) == 5:
+            raise trainer.Diverged("the loss is nan")
+
+    monkeypatch.setattr(training_run, "new_model", count)
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", end)
+    gc.disable()  # whenever it may come by itself
+    try:
+        train.main(flags(encoded, f"--hp_storage={STORAGES[1]}", space={"seed": {"low": 1, "high": 99}}, trials=6))
+    finally:
+        gc.enable()
+    assert states(STORAGES[1]) == {"COMPLETE": 3, "PRUNED": 1, "FAIL": 2} and counts == [0] * 6
+    assert len(living) == 0
+
+
 def test_what_ends_a_training_ends_the_search(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device", "model.pt")
@@ -463,6 +497,19 @@ def test_names_of_studies_follow_what_decides(encoded: Place) -> None:
     one = name()
     assert one.startswith("config-") and name("--save_path=other.pt", "--lr=0.3") == one  # lr is searched
     assert name("--weight_decay=0.3") != one
+
+
+# --------------------------------------------------------------------------------------------- Optuna's private names
+
+
+def test_a_heartbeat_is_written_to_the_database() -> None:
+    study = optuna.create_study(storage=open_storage("sqlite:///study.db"))
+    trial = study.ask()
+    with sqlite3.connect("study.db") as database:
+        count = "SELECT count(*) FROM trial_heartbeats"
+        assert database.execute(count).fetchone() == (0,)
+        search.send_heartbeat(study, trial)
+        assert database.execute(count).fetchone() == (1,)
 
 
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

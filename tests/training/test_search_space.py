@@ -21,7 +21,7 @@ def flags(place: Place, space: Any) -> list[str]:
 
 
 def test_default_space() -> None:
-    space = check_space(default_space(3), "default", train.make_parser())
+    space = check_space(default_space(3), "default")
     assert space == {"lr": {"low": 1e-6, "high": 1e-3, "log": True, "step": None}, "batch_size": [32, 64, 128],
                      "seed": {"low": 17, "high": 42, "log": False, "step": None},
                      "epoch": {"low": 1, "high": 3, "log": False, "step": None}}
@@ -39,14 +39,16 @@ def test_default_space() -> None:
     ({"lr": {"low": 1, "high": 2, "log": True, "step": 1}}, ": lr: log and step do not go together"),
     ({"seed": {"low": 1, "high": 2, "step": 0.5}}, ": seed: step is 0.5 and must be a whole number"),
     ({"lr": {"low": 1, "high": 2, "step": "1"}}, ': lr: step is "1" and must be a number above 0'),
-    ({"batch_size": [8, 0]}, ": batch_size: 0 is below 1"), ({"batch_size": [8, 1.5]}, ": batch_size: '1.5' is not a"),
-    ({"batch_size": {"low": 0.5, "high": 2}}, ": batch_size: low: '0.5' is not a whole number"),
-    ({"batch_size": [8, [16]]}, ": batch_size: [16] is no value"), ({"lr": ["a", "b"]}, ": lr: 'a' is not a number"),
-    ({"embedding_trainable": [1, 0]}, ": embedding_trainable: 1 and must be true or false"),
+    ({"batch_size": [8, 0]}, ": batch_size is 0: 0 is below 1."),
+    ({"batch_size": [8, 1.5]}, ": batch_size is 1.5: '1.5' is not a"),
+    ({"batch_size": {"low": 0.5, "high": 2}}, ": batch_size: low is 0.5: '0.5' is not a whole number"),
+    ({"batch_size": [8, [16]]}, ": batch_size is [16]: must be a number"),
+    ({"lr": ["a", "b"]}, ': lr is "a": must be a number'),
+    ({"embedding_trainable": [1, 0]}, ": embedding_trainable is 1: must be true or false"),
     ({"embedding_trainable": {"low": 0, "high": 1}}, ": embedding_trainable: a list of values is expected."),
-    ({"criterion": ["MSELoss", "Hinge"]}, ': criterion: "Hinge" and must be one of CrossEntropyLoss'),
-    ({"lr": [True, False]}, ": lr: true and must be a value"),
-    ({"bert_remove_layers": {"low": 1, "high": 2}}, ": bert_remove_layers: no number"),
+    ({"criterion": ["MSELoss", "Hinge"]}, ': criterion is "Hinge": must be one of CrossEntropyLoss'),
+    ({"lr": [True, False]}, ": lr is true: must be a number"),
+    ({"bert_remove_layers": {"low": 1, "high": 2}}, ": bert_remove_layers: a list of values is expected."),
     ([1], ": one JSON object is expected"),
 ])
 def test_bad_spaces(encoded: Place, space: Any, says: str) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import Place
-from helpers import make_config
+from helpers import make_config, make_run_info
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from tqdm import tqdm
 
 import train
+from cli.training_flags import TABLE
 from dataset import EncodedData, load_table, pad
 from model import WordEmbedding, build_model
 from training import trainer
 from training.losses import cosine_with_warmup, evaluate
-from training.trainer import Trainer
+from training.run import Run
+from training.trainer import EarlyStopping, Trainer
 
 CPU = torch.device("cpu")
 
@@ -36,8 +42,8 @@ def make_trainer(place: Place, *flags: str) -> Trainer:
     torch.manual_seed(args.seed)
     table = load_table(place.data / "embedding.npy", data.encoding.table)
     model = build_model(make_config(dropout=0.0), 4, WordEmbedding(table, data.encoding.seen_rows))
-    record = {"run_id": "test", "identity": "test", "flags": {}}
-    made = Trainer(model, data, EncodedData(place.data / "valid.txt.ids"), args, record, Accelerator(cpu=True))
+    made = Trainer(Run(args, data, EncodedData(place.data / "valid.txt.ids"), make_run_info(), model,
+                       Accelerator(cpu=True)))
     made.writer = Silent()
     return made
 
@@ -86,7 +92,7 @@ def test_accumulated_epochs_equal_whole_batches(encoded: Place, flags: list[str]
         assert made.steps_per_epoch == 1
         for _ in range(3):
             made.train_epoch(tqdm(disable=True))
-        assert made.step == made.total_steps == 3
+        assert made.progress.step == made.total_steps == 3
         ends.append(parameters(made))
     close(*ends)
 
@@ -138,11 +144,11 @@ def test_which_warmup_wins(encoded: Place, flags: list[str], warmup: int) -> Non
     assert made.total_steps == 24 and made._warmup_steps() == warmup
 
 
-def test_maxtrain_steps(encoded: Place) -> None:
-    made = make_trainer(encoded, "--epoch=4", "--maxtrain_steps=8")
-    while not made.finished:
+def test_max_train_steps(encoded: Place) -> None:
+    made = make_trainer(encoded, "--epoch=4", "--max_train_steps=8")
+    while not made.progress.finished:
         made.train_epoch(tqdm(disable=True))
-    assert made.step == made.total_steps == 8
+    assert made.progress.step == made.total_steps == 8
 
 
 def test_averaged_model_is_saved_and_training_goes_on_without_it(encoded: Place) -> None:
@@ -154,6 +160,32 @@ def test_averaged_model_is_saved_and_training_goes_on_without_it(encoded: Place)
     saved = torch.load(encoded.model, weights_only=True)["model"]
     for name, value in averaged.average.state_dict()["average"].items():
         assert torch.equal(saved[name], value)
+
+
+def test_a_skipped_step_moves_neither_the_schedule_nor_the_average(encoded: Place) -> None:
+    """In fp16 a step is skipped whose gradients overflow; here the scaler of a GPU is at work on the CPU."""
+    made = make_trainer(encoded, "--ema_decay=0.9", "--max_grad_norm=0", "--num_warmup_steps=4")
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    made.optimizer = AcceleratedOptimizer(made.optimizer.optimizer, scaler=made.accelerator.scaler)
+    made.accelerator._optimizers = [made.optimizer]
+    loss = made._loss
+
+    def state() -> tuple[Any, ...]:
+        return made.scheduler.last_epoch, made.average.updates, [*parameters(made), *map(Tensor.clone,
+                                                                                         made.average.average)]
+
+    for step in range(4):
+        before = state()
+        made._loss = lambda batch, step=step: loss(batch) * (math.inf if step == 2 else 1.0)
+        made.read_losses = made.losses.clear
+        made.train_step([batch_of(made, 0, 1, 2)], 3)
+        after = state()
+        moved = [not torch.equal(one, other) for one, other in zip(before[2], after[2], strict=True)]
+        if step == 2:
+            assert after[:2] == before[:2] and not any(moved) and made.accelerator.scaler.get_scale() == 2.0
+        else:
+            assert after[:2] == (before[0] + 1, before[1] + 1) and any(moved) == (step > 0)  # the first rate is 0
+        assert made.progress.step == step + 1
 
 
 def test_evaluate_against_a_loop(encoded: Place) -> None:
@@ -184,7 +216,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *metrics: tuple[float, float]) -> 
 
 
 def run(made: Trainer) -> Trainer:
-    while not made.finished:
+    while not made.progress.finished:
         made.train_epoch(tqdm(disable=True))
     return made
 
@@ -196,8 +228,8 @@ COURSE = [(0.9, 0.5), (0.5, 0.6), (0.7, 0.8), (0.8, 0.8), (0.6, 0.7), (0.5, 0.6)
 def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPatch, measure: str, epoch: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--measure={measure}"))
-    assert made.best["step"] == epoch * made.steps_per_epoch and made.best["epoch"] == epoch
-    assert torch.load(encoded.model, weights_only=True)["metrics"] == made.best
+    assert made.progress.best["step"] == epoch * made.steps_per_epoch and made.progress.best["epoch"] == epoch
+    assert torch.load(encoded.model, weights_only=True)["metrics"] == made.progress.best
 
 
 @pytest.mark.parametrize(("patience", "measure", "last"), [
@@ -205,14 +237,14 @@ def test_measure_chooses_the_model(encoded: Place, monkeypatch: pytest.MonkeyPat
 def test_patience(encoded: Place, monkeypatch: pytest.MonkeyPatch, patience: int, measure: str, last: int) -> None:
     scripted(monkeypatch, *COURSE)
     made = run(make_trainer(encoded, "--epoch=6", f"--patience={patience}", f"--measure={measure}"))
-    assert made.epoch == last
+    assert made.progress.epoch == last
 
 
 def test_a_gain_within_the_epoch_counts(encoded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     course = [(0.9, 0.5), (0.8, 0.5), (0.85, 0.5), (0.7, 0.5), (0.75, 0.5), (0.72, 0.5), (0.73, 0.5)]
     scripted(monkeypatch, *course)
     made = run(make_trainer(encoded, "--epoch=9", "--patience=1", "--eval_and_save_steps=4"))  # 6 steps an epoch
-    assert made.epoch == 3 and made.best["valid_loss"] == 0.7
+    assert made.progress.epoch == 3 and made.progress.best["valid_loss"] == 0.7
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -227,10 +259,50 @@ def test_valid_loss_that_is_no_number(encoded: Place, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("measure", "better"), [("loss", False), ("accuracy", True)])
-def test_equals(encoded: Place, measure: str, better: bool) -> None:
-    made = make_trainer(encoded, f"--measure={measure}")
-    made.best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
-    assert made._is_better({"loss": 0.5, "accuracy": 0.9}) == better
+def test_equals(measure: str, better: bool) -> None:
+    stopping = EarlyStopping(measure, patience=1)
+    best = {"valid_loss": 0.5, "valid_accuracy": 0.9}
+    assert stopping.is_better({"loss": 0.5, "accuracy": 0.9}, best) == better and not stopping.gained
+
+
+@given(st.sampled_from(["loss", "accuracy", "last"]), st.integers(1, 4), st.lists(
+    st.tuples(st.sampled_from([0.1, 0.2, 0.3]), st.sampled_from([0.7, 0.8, 0.9])), min_size=1, max_size=12))
+def test_early_stopping(measure: str, patience: int, epochs: list[tuple[float, float]]) -> None:
+    """It stops after `patience` epochs none of which was better than the best before; equals are kept by accuracy."""
+    stopping, best = EarlyStopping(measure, patience), {}
+    last_gain = None
+    for epoch, (loss, accuracy) in enumerate(epochs, 1):
+        before = epochs[: epoch - 1]
+        gain = measure == "last" or not before or (
+            loss < min(x for x, _ in before) if measure == "loss" else accuracy > max(x for _, x in before))
+        tie = measure == "accuracy" and bool(before) and accuracy == max(x for _, x in before)
+        better = stopping.is_better({"loss": loss, "accuracy": accuracy}, best)
+        assert better == (gain or tie)
+        if better:
+            best = {"valid_loss": loss, "valid_accuracy": accuracy}
+        last_gain = epoch if gain else last_gain
+        stops = stopping.ends()
+        assert stops == (epoch - last_gain >= patience) and stopping.epochs_without_gain == epoch - last_gain
+        if stops:
+            break
+
+
+def test_a_resumed_run_must_share_the_decisive_flags_and_no_others(encoded: Place) -> None:
+    made = make_trainer(encoded)
+    names = [*(flag.name for flag in TABLE), "precision"]
+    made.info = make_run_info(flags=dict.fromkeys(names, "now"))
+    decisive = []
+    for name in names:
+        other = make_run_info(flags={**made.info.flags, name: "then"})
+        try:
+            made._load_progress({"processes": 1, "run": other, "progress": asdict(made.progress)})
+        except trainer.InputError as error:
+            assert f"other flags ({name} then then, now now)" in str(error)
+            decisive.append(name)
+    assert decisive == [*(flag.name for flag in TABLE if flag.decisive), "precision"]
+    # What must decide, and what must not, whatever the table says.
+    assert {"lr", "seed", "batch_size", "epoch", "criterion", "embedding_trainable", "restore_path"} <= set(decisive)
+    assert not {"resume", "save_path", "log_path", "keep_checkpoints", "local_rank"} & set(decisive)
 
 
 def test_state_path(encoded: Place) -> None:
@@ -249,5 +321,5 @@ def test_on_epoch_hears_of_each_epoch_and_may_end_the_run(encoded: Place) -> Non
     made.on_epoch = on_epoch
     with pytest.raises(StopIteration):
         run(made)
-    assert heard == [(point["epoch"], point["step"], point["valid_accuracy"]) for point in made.history
+    assert heard == [(point["epoch"], point["step"], point["valid_accuracy"]) for point in made.progress.history
                      if point["step"] % 6 == 0] and len(heard) == 3
