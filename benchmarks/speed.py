@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from benchmarks import harness
 from cli.devices import choose_device, choose_precision
 from dataset import Batch, EncodedData, load_table
 from model import Classifier, WordEmbedding, build_model, word_dropout_probabilities
+from training.distributed import reset_accelerate
 from training.run import Run
 from training.trainer import Trainer
 from util import set_seed
@@ -99,7 +99,7 @@ def training_rate(make_model: Callable[[], Classifier], flags: dict[str, Any], p
     train = PaddedData(path)
     set_seed(flags["seed"])
     model = make_model()
-    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second precision in one process
+    reset_accelerate(processes=True)  # it refuses a second precision in one process
     try:
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
         no_info: Any = None  # no checkpoint is written
@@ -114,4 +114,4 @@ def training_rate(make_model: Callable[[], Classifier], flags: dict[str, Any], p
             trainer.train_epoch(bar)
             return trainer.sentences / (time.perf_counter() - start)
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate(processes=True)

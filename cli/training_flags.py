@@ -202,8 +202,8 @@ TABLE = (
                  decisive=True),
     TrainingFlag("enable_qat_fx", QUANTIZATION, "The same, for evaluation as a compiled graph.", action="store_true",
                  decisive=True),
-    TrainingFlag("enable_diffq", QUANTIZATION, "DiffQ: learn the bits of each group of weights. (The package diffq has "
-                 "the licence CC BY-NC 4.0: no commercial use.)", action="store_true", decisive=True),
+    TrainingFlag("enable_diffq", QUANTIZATION, "DiffQ: learn the bits of each group of weights. The package diffq has "
+                 "the licence CC BY-NC 4.0: no commercial use.", action="store_true", decisive=True),
     TrainingFlag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3,
                  decisive=True),
 

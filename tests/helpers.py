@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -193,6 +194,29 @@ def naive(content: bytes, labelled: bool = True) -> list[tuple[int, str, str] | 
         label = unicodedata.normalize("NFC", fields[-1].strip()) if labelled else ""
         found.append((number, fields[0].strip(), label) if good else number)
     return found
+
+
+class Fixed(argparse.Namespace):
+    """Flags that nobody changes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AssertionError(f"--{name} is changed")
+
+    def __delattr__(self, name: str) -> None:
+        raise AssertionError(f"--{name} is removed")
+
+
+def fix_flags(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stage's flags be such that who changes them fails."""
+    get_params = stage.get_params
+
+    def get_fixed(argv: list[str] | None = None) -> tuple[Fixed, Any]:
+        args, config = get_params(argv)
+        fixed = Fixed()
+        vars(fixed).update(vars(args))
+        return fixed, config
+
+    monkeypatch.setattr(stage, "get_params", get_fixed)
 
 
 class Malicious:

@@ -13,6 +13,7 @@ import torch
 from architectures import ARCHITECTURES, make_model
 from helpers import (
     INTENTS,
+    fix_flags,
     make_data,
     make_vectors,
     refusal,
@@ -215,6 +216,17 @@ def test_meta_pseudo_labels_come_first(school: School, labels: str, caplog: pyte
     assert steps == [3, 6, 9, 12, 15]
     assert fastformers.read_curve(f"{school.student}.train.json")[-1]["step"] == 15
     evaluate.main([f"--model_path={school.student}.mpl", "--device=cpu"])
+
+
+def test_nothing_writes_to_the_flags(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = school.root / "augmented.raw"
+    write_lines(text, [(sentence, "dummy") for sentence in school.sentences()[:20]])
+    fix_flags(fastformers, monkeypatch)
+    fastformers.main(school.distill_flags(f"--mpl_data_path={text}", "--epoch=1", "--student_init_layers=0"))
+    fastformers.main([flag.replace("--do_distill", "--do_prune") for flag in school.distill_flags(
+        f"--model_path={school.root / 'teacher.pt'}", f"--bert_output_dir={school.root / 'teacher'}",
+        f"--save_path_pruned={school.root / 'pruned.pt'}", f"--bert_output_dir_pruned={school.root / 'pruned'}",
+        "--target_num_heads=2", "--target_ffn_dim=8", "--recover_epoch=1")])
 
 
 # -------------------------------------------------------------------------------------------------------- refusals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -18,10 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import make_case
 from conftest import Place
 from helpers import (
+    DIM,
     ENCODERS,
     answer,
+    fix_flags,
     make_lines,
     malicious_zip,
     refusal,
@@ -38,10 +42,11 @@ import evaluate
 import preprocess
 import train
 from dataset import EncodedData
+from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from text.labels import read_labels, write_labels
 from training import trainer
-from util import load_checkpoint, load_state
+from util import exclusive, load_checkpoint, load_state
 
 # Everything that could make a resumed run stray: all kinds of dropout, averaging, accumulation with an incomplete
 # group, evaluations within an epoch.
@@ -322,6 +327,103 @@ def test_restore_refuses_weights_that_mean_something_else(encoded: Place) -> Non
     for main, flags in ((evaluate.main, encoded.evaluate_flags(f"--model_path={encoded.root}/other.pt")),
                         (train.main, encoded.train_flags(f"--restore_path={encoded.root}/other.pt"))):
         assert "other.pt: the state of a run, which holds no finished model" in refusal(main, *flags)
+
+
+def test_restore_refuses_weights_trained_over_other_word_vectors(encoded: Place) -> None:
+    """A checkpoint holds only the rows that were trained; the others are read from the table of the data."""
+    train.main(encoded.train_flags("--epoch=1"))
+    lines = [line.split(" ") for line in encoded.vectors.read_text(encoding="utf-8").splitlines()]
+    encoded.vectors.write_text("".join(" ".join([*line[:-DIM], *(str(-float(x)) for x in line[-DIM:])]) + "\n"
+                                       for line in lines), encoding="utf-8")
+    preprocess.main(encoded.preprocess_flags())
+    for more in ([], ["--embedding_trainable"]):
+        said = refusal(train.main, *encoded.train_flags(f"--restore_path={encoded.model}", "--save_path=second.pt",
+                                                        *more))
+        assert said.startswith(f"{encoded.model}: its word vectors differ") and "without --restore_path" in said
+    assert not Path("second.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------- two runs at once
+
+
+def test_of_two_runs_on_one_save_path_the_second_is_refused(encoded: Place) -> None:
+    first = script("train.py", *encoded.train_flags("--epoch=9999", "--patience=9999"))
+    try:
+        while not Path(f"{encoded.model}.state").exists():
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.01)
+        said = refusal(train.main, *encoded.train_flags("--epoch=1"))
+        assert said == (f"--save_path={encoded.model}: another run is writing to it; wait for its end, or choose "
+                        "another place.")
+        assert "epoch=9999" in load_state(f"{encoded.model}.state")["run"].command
+        train.main(encoded.train_flags("--epoch=1", f"--save_path={encoded.root / 'other.pt'}"))
+    finally:
+        first.kill()
+        first.communicate()
+    assert (encoded.root / f".{encoded.model.name}.lock").exists()  # of the killed run, which holds nobody up
+    train.main(encoded.train_flags("--epoch=1"))
+    assert not [path for path in encoded.root.iterdir() if path.name.endswith(".lock")]
+
+
+def test_of_two_runs_on_one_transformers_folder_the_second_is_refused(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "case", "BERT")
+    preprocess.main(case.flags())
+    with exclusive("--bert_output_dir", str(case.root / "out")):
+        said = refusal(train.main, *case.train_flags("--max_train_steps=1"))
+    assert said.startswith(f"--bert_output_dir={case.root / 'out'}: another run is writing to it")
+    assert not (case.root / "model.pt").exists() and not (case.root / "out").exists()
+    train.main(case.train_flags("--max_train_steps=1"))
+    assert (case.root / "out").is_dir()
+
+
+def test_a_lock_that_was_removed_and_made_anew_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends, and removes its lock, between another's opening and its locking, while a third begins."""
+    path, lock = tmp_path / "model.pt", tmp_path / ".model.pt.lock"
+    flock = fcntl.flock
+
+    def late(*given: Any) -> None:
+        lock.unlink()
+        lock.touch()
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(InputError, match="another run is writing"), exclusive("--save_path", str(path)):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- the recipe
+
+
+def recipe(caplog: pytest.LogCaptureFixture) -> dict[str, dict[str, str]]:
+    """The settings that the log tells, by their source."""
+    (line,) = [message for message in caplog.messages if message.startswith("[recipe] ")]
+    caplog.clear()
+    parts = dict(part.split(": ", 1) for part in line.removeprefix("[recipe] ").split("; "))
+    return {source: dict(pair.split("=") for pair in pairs.split(", ")) for source, pairs in parts.items()}
+
+
+def test_the_log_tells_the_recipe_and_its_sources(encoded: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    write_config(encoded.config, lr=0.003, patience=5, word_dropout=0.25, embedding_trainable=True)
+    train.main(encoded.train_flags("--lr=0.02", "--ema_decay=0", "--word_dropout=0.5", "--epoch=1"))
+    said = recipe(caplog)
+    assert set(said) == {"flag", "config", "default"}
+    assert said["config"] == {"patience": "5", "embedding_trainable": "True"}
+    assert {"lr": "0.02", "word_dropout": "0.5", "ema_decay": "0.0", "epoch": "1", "batch_size": "8",
+            "precision": "no"} == said["flag"]  # what the user typed is told even where it is off
+    assert said["default"]["weight_decay"] == "0.01" and said["default"]["measure"] == "loss"
+    assert not {"rdrop", "lora_r", "bert_model_name_or_path", "lr", "max_train_steps"} & set(said["default"])
+    # Each setting is told once, and as the checkpoint has it.
+    told = [(name, value) for settings in said.values() for name, value in settings.items()]
+    assert len({name for name, _ in told}) == len(told)
+    flags = load_checkpoint(encoded.model).run.flags
+    assert all(str(flags[name]) == value for name, value in told)
+
+
+@pytest.mark.parametrize("more", [[], ["--resume", "--enable_qat"], ["--hp_search_optuna", "--hp_trials=1"]])
+def test_nothing_writes_to_the_flags(encoded: Place, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
+    fix_flags(train, monkeypatch)
+    train.main(encoded.train_flags("--epoch=1", *more))
 
 
 def test_resume_before_the_first_evaluation_ignores_an_older_run(encoded: Place, tmp_path: Path,

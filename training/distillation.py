@@ -7,17 +7,18 @@ The loss of a sentence, with the student's logits s, the teacher's t, labels y a
 h = --hard_loss_ratio, T = --kd_temperature, L = --criterion. T^2 keeps the size of the gradients when T changes (Hinton
 et al. 2015, arXiv 1503.02531); hidden states and attentions after TinyBERT (Jiao et al. 2020, arXiv 1909.10351) and
 FastFormers (Kim and Hassan 2020, arXiv 2010.13382). A teacher's logits are computed once, in fp32, and from raw text
-with its own tokenizer, so that any teacher goes with any student; hidden states and attentions belong to tokens, so
-that they want the same tokenizer in both.
+with its own tokenizer, so that any teacher goes with any student. Hidden states and attentions belong to tokens:
+teacher and student then need the same tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,20 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def matched_layers(student: int, teacher: int) -> list[int]:
-    """For each of the student's layers the teacher's one that it imitates, counted from 1 and evenly spread.
+    """The teacher's layer that each of the student's layers imitates, counted from 1 and evenly spread.
 
-    Layer m of M imitates layer m N / M, rounded, so that the last ones match (arXiv 1909.10351, section 3.1).
+    Layer m of M imitates layer m N / M, rounded, so that the last layers match (arXiv 1909.10351, section 3.1).
     """
     return [(2 * layer * teacher + student) // (2 * student) for layer in range(1, student + 1)]
 
 
 def state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, cosine: bool) -> Tensor:
-    """How far hidden states are apart, the mean over pairs of layers and real tokens: [B].
+    """The distance of hidden states, the mean over pairs of layers and real tokens: [B].
 
     Args:
         student, teacher: [B, T, D] of each pair of layers.
         mask: [B, T], True at real tokens.
-        cosine: 1 - cos of two vectors in place of their mean squared difference.
+        cosine: measure 1 - cos of two vectors instead of their mean squared difference.
     """
     lengths = mask.sum(1)
     total = torch.zeros(len(mask), device=mask.device)
@@ -83,8 +84,8 @@ def state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tenso
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The mean squared difference of attentions over pairs of layers, heads and pairs of real tokens: [B].
 
-    Where the numbers of heads differ, the means over heads are compared. (A divergence
-    would be infinite where the student's dropout sets an attention to zero.)
+    Where the numbers of heads differ, the means over heads are compared. (A divergence would be infinite where the
+    student's dropout sets an attention to zero.)
 
     Args:
         student, teacher: [B, heads, T, T] of each pair of layers.
@@ -108,8 +109,8 @@ class Teacher(nn.Module):
 
     Args:
         checkpoint: as train.py wrote it.
-        path: where from, for messages.
-        folders: where frozen word vectors are looked for.
+        path: its file, for messages.
+        folders: where to look for frozen word vectors.
         labels: the student's.
 
     Raises:
@@ -136,12 +137,12 @@ class Teacher(nn.Module):
         return self.model(input_ids, attention_mask)[:, self.order]
 
     def reads_like(self, encoding: EncodingInfo) -> bool:
-        """Whether data encoded so have the token ids that it would make of the same text."""
+        """Whether this encoding has the token ids that the teacher's own tokenizer makes of the same text."""
         same = ("kind", "vocab_sha256", "n_ctx", "tokenizer", "lowercase", "truncation_side")
         return all(getattr(self.encoding, fact) == getattr(encoding, fact) for fact in same)
 
     def tokenizer(self, augmented: bool) -> Tokenizer:
-        """Its own function from text to token ids; `augmented`: a [MASK] in the text is the mask token."""
+        """The teacher's own tokenizer; `augmented`: a [MASK] in the text is the mask token."""
         return make_tokenizer(self.vocabulary, replace(self.encoding, augmented=augmented))
 
 
@@ -149,7 +150,7 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
     """The raw sentences of encoded data, in order.
 
     Raises:
-        InputError: the text that was encoded is not there any more.
+        InputError: the text is no longer there.
     """
     if not data.source.is_file():
         raise InputError(f"{data.source}: no such file; a teacher reads the text that {data.path} was made from.")
@@ -158,15 +159,22 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
         yield example.sentence
 
 
+def tokenize(sentences: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[list[np.ndarray]]:
+    """The token ids of sentences, in chunks of `size` sentences."""
+    sentences = iter(sentences)
+    while chunk := list(itertools.islice(sentences, size)):
+        yield [np.asarray(ids, dtype=np.int32) for ids, _ in tokenizer.tokenize_batch(chunk)]
+
+
 @torch.no_grad()  # not inference_mode: weights that moved to a GPU within it could not be trained any more
 def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int, device: torch.device) -> np.ndarray:
     """The teacher's logits for each sentence of encoded data, from raw text, in fp32: [N, C] float32.
 
-    Text that this teacher has labelled with evaluate.py --augmented, by the record beside it, has them as its labels.
-    Others are kept beside the data as SOURCE.teacher, and taken from there for the same teacher and the same text.
+    Where evaluate.py --augmented labelled the text with this teacher, they are the labels. Otherwise they are stored
+    beside the data as SOURCE.teacher, which is read again for the same teacher and the same text.
 
     Raises:
-        InputError: a logit that is no finite number, or raw text that is missing.
+        InputError: a logit is not finite, or the raw text is missing.
     """
     if labelled_by(data) == teacher.run_id:
         logger.info("[the teacher's answers to %s] are its labels", data.source)
@@ -180,12 +188,10 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
             logger.info("[the teacher's answers to %s] are in %s", data.source, path)
             return arrays["logits"]
     teacher.eval().to(device)
-    tokenizer = teacher.tokenizer(augmented)
     logits = np.empty((len(data), len(data.labels)), dtype=np.float32)
     done = 0
     with tqdm(total=len(data), unit="sentence", desc="teacher", disable=None) as bar:
-        for sentences in _chunks(read_sentences(data), 64 * batch_size):
-            rows = [np.asarray(row) for row, _ in tokenizer.tokenize_batch(sentences)]
+        for rows in tokenize(read_sentences(data), teacher.tokenizer(augmented), 64 * batch_size):
             order = np.argsort([-len(row) for row in rows], kind="stable")
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
@@ -202,24 +208,13 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
 
 
 def labelled_by(data: EncodedData) -> str | None:
-    """The run of the teacher whose logits are the data's labels; None where these are no logits, or not known whose."""
+    """The run of the one teacher whose logits are the data's labels; None: other labels, or it is not known."""
     if not data.has_logits or not data.source.exists():
         return None
     match find_logits_info(data.source):
         case {"teacher": {"run_id": str(run_id)}}:
             return run_id
     return None
-
-
-def _chunks(sentences: Iterator[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for sentence in sentences:
-        chunk.append(sentence)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 @dataclass
@@ -257,16 +252,16 @@ def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, confi
     Raises:
         InputError: there are no such layers, or teacher and student do not read the same tokens.
     """
-    said = f"--student_init_layers={','.join(map(str, args.student_init_layers))}"
+    flag = f"--student_init_layers={','.join(map(str, args.student_init_layers))}"
     encoding = checkpoint.run.encoding
     if encoding.kind != SUBWORDS or encoding.vocab_sha256 != train.encoding.vocab_sha256:
-        raise InputError(f"{said}: {args.teacher_model_path} and {train.path} have different vocabularies, so that the "
-                         "teacher's layers are of no use to the student; leave the flag out.")
+        raise InputError(f"{flag}: {args.teacher_model_path} and {train.path} have different vocabularies, so that the "
+                         "student cannot use the teacher's layers; leave the flag out.")
     transformer: Any = load_classifier(checkpoint, []).embedding.transformer
     count = transformer.config.num_hidden_layers
     chosen = sorted(set(args.student_init_layers))
     if chosen != args.student_init_layers or chosen[-1] >= count:
-        raise InputError(f"{said}: the teacher's layers are 0 to {count - 1}; name some of them, in their order.")
+        raise InputError(f"{flag}: the teacher's layers are 0 to {count - 1}; name some of them, in their order.")
     if others := [place for place in range(count) if place not in chosen]:
         remove_layers(transformer, others)
     logger.info("[student] begins with layers %s of %s", ", ".join(map(str, chosen)), args.teacher_model_path)
@@ -275,10 +270,10 @@ def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, confi
 
 
 def keep_inside(embedding: Any, attentions: bool, path: str) -> None:
-    """Let a model keep its hidden states and, if asked for, its attentions.
+    """Let a model keep its hidden states and, where `attentions` is set, its attentions.
 
     Raises:
-        InputError: it has none, or not those of one stack of layers.
+        InputError: it has none, or those of more than one stack of layers.
     """
     if not isinstance(embedding, TransformerEmbedding):
         raise InputError(f"{path}: --state_loss_ratio and --att_loss_ratio are for transformers, and this is none.")
@@ -300,8 +295,8 @@ class DistillationTrainer(Trainer):
     """Trains a student by the loss at the head of this file.
 
     Args:
-        run: its training data hold the teacher's answers.
-        teacher: asked for hidden states and attentions, where the flags want them.
+        run: its training data hold the teacher's logits.
+        teacher: computes hidden states and attentions, where the flags ask for them.
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -341,7 +336,7 @@ class DistillationTrainer(Trainer):
         self.pairs = list(enumerate(matched_layers(layers[0], layers[1]), 1))
         logger.info("[layers] student, teacher: %s", ", ".join(f"{m} - {n}" for m, n in self.pairs))
         if args.state_loss_ratio and widths[0] != widths[1]:
-            # Within the model, so that it is optimized, clipped and resumed with it; no checkpoint has it.
+            # A part of the model, so that it is optimized, clipped and resumed with it; checkpoints leave it out.
             self.projection = nn.Linear(*widths)
             model.add_module("projection", self.projection)
 
@@ -380,8 +375,9 @@ class DistillationTrainer(Trainer):
             means = {name: total.item() / max(1, self.examples) for name, total in self.parts.items()}
             self.parts, self.examples = {}, 0
             if self.args.log_evaluate_during_training:
-                found = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device)
-                means |= {f"valid {name}": value for name, value in found.items()}
+                metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size,
+                                   self.accelerator.device)
+                means |= {f"valid {name}": value for name, value in metrics.items()}
                 self.model.train()
             logger.info("[step %d] %s", self.progress.step,
                         ", ".join(f"{name} {value:.4f}" for name, value in means.items()))

@@ -1,12 +1,12 @@
 """Several processes and DeepSpeed: what a launcher says, the Accelerator, ZeRO's sharded state, and lost processes.
 
 A launcher (torchrun, python -m torch.distributed.launch, accelerate launch) starts train.py once for each device and
-says through environment variables which process is which. All processes take the same decisions, since they see the
-same sums; the main one writes files and logs.
+numbers the processes through environment variables. All processes take the same decisions, since they see the same
+sums; the main process writes files and logs.
 
-DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shares out the optimizer's state (stage 1), the gradients
-(2) and the weights (3) among the processes. Precision is here what it is without DeepSpeed: weights in fp32, training
-steps under autocast. The state is saved whole and in torch's layout, so that a run can be resumed with another stage or
+DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shards the optimizer's state (stage 1), also the gradients
+(2) and also the weights (3) among the processes. Precision is the same as without DeepSpeed: weights in fp32, training
+steps under autocast. The state is saved unsharded and in torch's layout: a run can be resumed with another stage or
 another number of processes, and without DeepSpeed's own pickles.
 """
 
@@ -47,7 +47,7 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
         precision: no, bf16 or fp16.
 
     Raises:
-        InputError: the launcher asks for what this toolkit has not, or the flags do not go with DeepSpeed.
+        InputError: the launcher asks for something that this toolkit lacks, or the flags do not go with DeepSpeed.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
@@ -55,7 +55,7 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
     for name in ("FSDP", "MEGATRON_LM"):
         if _launcher_says(f"ACCELERATE_USE_{name}"):
             raise InputError(f"accelerate is configured for {name}, which train.py does not use; run accelerate config "
-                             "again, or share out the model with --zero_stage=3.")
+                             "again, or shard the model with --zero_stage=3.")
     plugin = _deepspeed_plugin(args, precision)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
@@ -116,7 +116,7 @@ def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
         return None
     for name in ("optimizer", "scheduler"):
         if settings.pop(name, None):
-            logger.warning("[the %s of DeepSpeed's configuration is left aside: train.py's flags decide]", name)
+            logger.warning("[the %s of DeepSpeed's configuration is ignored: train.py's flags decide]", name)
     for name in ("fp16", "bf16"):
         if str(settings.pop(name, {}).get("enabled")).lower() == "true":
             precision = name
@@ -130,14 +130,14 @@ def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
     settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is as fast, and needs no compiler
     if precision != "no":
         settings["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
-                                      "lower_precision_safe_modules": []}  # what is sent stays in fp32
+                                      "lower_precision_safe_modules": []}  # processes exchange fp32
     for name in ("compile", "enable_qat", "enable_qat_fx", "enable_diffq"):
         if getattr(args, name):
             raise InputError(f"--{name} does not go with DeepSpeed; train with --zero_stage=0.")
     if zero["stage"] == 3:
         for name in ("ema_decay", "lora_r"):
             if getattr(args, name):
-                raise InputError(f"--{name} needs whole weights in each process, and --zero_stage=3 shares them out; "
+                raise InputError(f"--{name} needs whole weights in each process, and --zero_stage=3 shards them; "
                                  "take --zero_stage=2.")
     return plugin
 
@@ -160,7 +160,7 @@ def _start_deepspeed(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
-    """What takes the model's and the optimizer's places in training steps. The model itself stays usable, in fp32."""
+    """Model and optimizer as training steps use them. The model itself stays usable, in fp32."""
     if accelerator.num_processes > 1 and accelerator.ddp_handler and not is_sharded(accelerator):
         accelerator.ddp_handler.find_unused_parameters = not _all_learn(model)
     prepared = accelerator.prepare(model, optimizer)
@@ -175,7 +175,7 @@ def remove_autocast(model: nn.Module) -> None:
 
 
 def _all_learn(model: nn.Module) -> bool:
-    """Whether gradients reach all trainable parameters: tried out on one sentence."""
+    """Whether gradients reach all trainable parameters: one sentence shows it."""
     device = next(model.parameters()).device
     random = torch.get_rng_state()
     model.eval()
@@ -261,7 +261,7 @@ def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator:
 
 def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator: Accelerator,
                          saved: dict[str, Any]) -> None:
-    """Take over what optimizer_state returned, in a run of any stage and number of processes."""
+    """Load what optimizer_state returned, in a run of any stage and number of processes."""
     if not is_sharded(accelerator):
         numbers = iter(range(len(parameters)))
         groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]

@@ -7,19 +7,19 @@ A step, with unlabelled text u, labelled text (x, y), student S and teacher T:
     3. the teacher takes a step down the gradient of L' with respect to itself, through the student's step, plus that
        of its own supervised loss on (x, y).
 
-The paper's unsupervised augmentation loss is optional there, and left out here. How the gradient of L' is had:
+The paper's optional unsupervised augmentation loss is left out. The gradient of L' is computed in one of two ways:
 
-    hard    pseudo labels c are drawn from the teacher's probabilities p. The gradient of the expectation of L' is that
-            of E[L'] = sum over c of p(c) L'(c), whose estimate is (L' - L) grad log p(c) = h grad CE(c, T(u)) with
-            h = L - L', the fall of the student's loss; L, which c does not change, only lessens the variance. It is
-            unbiased whatever the student's optimizer. (The paper writes h as the product of the student's gradients
-            before and after the step, times the learning rate: the first-order term of L - L' for plain SGD.) The
-            cross entropy is summed over u, since its labels are drawn together.
-    soft    the student learns p itself. For a step s' = s - D grad_s CE(p, S(u)), D diagonal and constant, the chain
-            rule gives dL'/dp_c = (D grad L') . grad_s log S_c(u) / |u|, the slope of log S_c in the direction
-            D grad L', had by a central difference of log S around the s before the step. For plain SGD, D is the
-            learning rate, and nothing is left out. For AdamW, D is what multiplies the newest gradient in this step:
-            the second moment counts as constant, and what momentum carries to later steps, and clipping, are left out.
+    hard    Pseudo labels c are drawn from the teacher's probabilities p. The expectation of L' is
+            E[L'] = sum over c of p(c) L'(c). Its gradient is estimated by (L' - L) grad log p(c) = h grad CE(c, T(u)),
+            where h = L - L' is the fall of the student's loss. L does not depend on c: it only lowers the variance. The
+            estimate is unbiased for every optimizer of the student. (The paper writes h as the product of the student's
+            gradients before and after the step, times the learning rate: the first-order term of L - L' for plain SGD.)
+            The cross entropy is summed over u, since the labels of u are drawn together.
+    soft    The student learns p itself. For a step s' = s - D grad_s CE(p, S(u)), D diagonal and constant, the chain
+            rule gives dL'/dp_c = (D grad L') . grad_s log S_c(u) / |u|. That is the slope of log S_c in the direction
+            D grad L'; a central difference of log S around s, the place before the step, measures it. For plain SGD, D
+            is the learning rate, and the result is exact. For AdamW, D multiplies the newest gradient in this step: the
+            second moment counts as constant, and neither clipping nor momentum in later steps is taken into account.
 """
 
 from __future__ import annotations
@@ -39,13 +39,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, EncodedData, pad, prefetch
-from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
 from text.lines import TsvReader
-from training.distillation import Teacher, read_sentences
+from training.distillation import Teacher, read_sentences, tokenize
 from training.losses import cosine_with_warmup, parameter_groups
 from training.run import Run
-from training.trainer import Trainer
+from training.trainer import Diverged, Trainer
 from util import open_input
 
 logger = logging.getLogger(__name__)
@@ -56,11 +55,11 @@ logger = logging.getLogger(__name__)
 def meta_loss(answers: Tensor, student_logits: Callable[[], Tensor], labelled_loss: Callable[[], Tensor],
               update: Callable[[Tensor], None], parameters: Sequence[Tensor], optimizer: Any, hard: bool
               ) -> tuple[Tensor, float]:
-    """Let the student take its step, and return what moves the teacher.
+    """Let the student take its step, and return the loss of the teacher.
 
     Args:
         answers: the teacher's logits [B, C], with their graph.
-        student_logits: the student's for the same sentences [B, C], with theirs.
+        student_logits: computes the student's logits for the same sentences [B, C], with their graph.
         labelled_loss: the student's mean loss on labelled data, without dropout.
         update: one optimizer step down the gradient of a loss.
         parameters, optimizer: the student's.
@@ -90,24 +89,24 @@ def meta_loss(answers: Tensor, student_logits: Callable[[], Tensor], labelled_lo
 @torch.no_grad()
 def log_probability_slopes(student_logits: Callable[[], Tensor], parameters: Sequence[Tensor], place: Sequence[Tensor],
                            direction: Sequence[Tensor]) -> Tensor:
-    """How fast the log probabilities change where the parameters are `place`, in a direction: [B, C]."""
+    """The slopes of the log probabilities in a direction, where the parameters are `place`: [B, C]."""
     norm = torch.stack([part.norm() for part in direction]).norm().clamp(min=1e-30)
-    size = 0.01 / norm  # as DARTS has it (arXiv 1806.09055, section 2.3)
+    size = 0.01 / norm  # as in DARTS (arXiv 1806.09055, section 2.3)
     now = [parameter.detach().clone() for parameter in parameters]
-    found = []
+    nearby = []
     for sign in (1, -1):
         for parameter, origin, part in zip(parameters, place, direction, strict=True):
             parameter.copy_(origin + sign * size * part)
-        found.append(student_logits().log_softmax(-1))
+        nearby.append(student_logits().log_softmax(-1))
     for parameter, value in zip(parameters, now, strict=True):
         parameter.copy_(value)
-    return (found[0] - found[1]) / (2 * size)
+    return (nearby[0] - nearby[1]) / (2 * size)
 
 
 def step_factor(optimizer: Any, parameter: Tensor) -> Any:
-    """D: by what a parameter falls for each unit of its newest gradient, in the optimizer step just taken.
+    """D: how far the last optimizer step moved a parameter, for each unit of its newest gradient.
 
-    For SGD the learning rate; for Adam what the first moment's share of the newest gradient is divided by.
+    For SGD it is the learning rate; for Adam also what the first and second moments make of the newest gradient.
     """
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     state = optimizer.state.get(parameter, {})
@@ -133,24 +132,15 @@ class Rows:
 
     Args:
         sentences: raw text.
-        tokenizer: from text to token ids.
+        tokenizer: makes token ids of them.
     """
 
     def __init__(self, sentences: Iterable[str], tokenizer: Tokenizer) -> None:
         ids, ends = array("i"), array("q", [0])
-        chunk: list[str] = []
-
-        def flush() -> None:
-            for row, _ in tokenizer.tokenize_batch(chunk):
-                ids.extend(row)
+        for rows in tokenize(tqdm(sentences, unit="sentence", disable=None), tokenizer, 1024):
+            for row in rows:
+                ids.frombytes(row.tobytes())
                 ends.append(len(ids))
-            chunk.clear()
-
-        for sentence in tqdm(sentences, unit="sentence", disable=None):
-            chunk.append(sentence)
-            if len(chunk) == 1024:
-                flush()
-        flush()
         self.ids, self.offsets = np.frombuffer(ids, dtype=np.int32), np.frombuffer(ends, dtype=np.int64)
 
     def __getitem__(self, indices: Sequence[int]) -> list[np.ndarray]:
@@ -161,8 +151,8 @@ class UnlabelledText:
     """Sentences without labels, encoded for student and teacher.
 
     Args:
-        path: one sentence a line; what follows a TAB is passed over.
-        tokenizer, teacher_tokenizer: from text to token ids; None for the second where it is the first.
+        path: one sentence a line; what follows a TAB is ignored.
+        tokenizer, teacher_tokenizer: of the two; None for the teacher's where they are the same.
     """
 
     def __init__(self, path: str, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer | None) -> None:
@@ -180,7 +170,7 @@ class UnlabelledText:
 
 
 def read_text(path: str) -> Iterator[str]:
-    """The sentences of a file with or without labels; its first line decides."""
+    """The sentences of a file; its first line decides whether it has labels."""
     with open_input(path) as file:
         labelled = b"\t" in file.readline()
     for example in TsvReader(path, labelled=labelled):
@@ -188,7 +178,7 @@ def read_text(path: str) -> Iterator[str]:
 
 
 class LabelledText(EncodedData):
-    """Encoded data that the teacher reads, too.
+    """Encoded data for student and teacher.
 
     Args:
         path: the encoded file.
@@ -209,13 +199,13 @@ class LabelledText(EncodedData):
 
 
 class MetaTrainer(Trainer):
-    """Trains a student on a teacher's pseudo labels, and the teacher by what comes of it.
+    """Trains a student on a teacher's pseudo labels, and the teacher by the student's loss.
 
     An epoch is one pass over the labelled data; each step takes as many sentences of the unlabelled text.
 
     Args:
         run: its flags are those of this part of the training.
-        teacher: begins as it is, and is changed.
+        teacher: is trained, too.
     """
 
     def __init__(self, run: Run, teacher: Teacher) -> None:
@@ -252,7 +242,7 @@ class MetaTrainer(Trainer):
                         for b in batches if b.teacher]
 
         def student_logits() -> Tensor:
-            if not torch.is_grad_enabled():  # for slopes: small differences want full precision and no dropout
+            if not torch.is_grad_enabled():  # small differences need full precision and no dropout
                 self.plain_model.eval()
                 return torch.cat([self.plain_model(b.input_ids, b.attention_mask) for b in unlabelled])
             self.plain_model.train()
@@ -260,7 +250,7 @@ class MetaTrainer(Trainer):
                 return torch.cat([self.model(b.input_ids, b.attention_mask).float() for b in unlabelled])
 
         def labelled_loss() -> Tensor:
-            self.plain_model.eval()  # in full precision, too
+            self.plain_model.eval()  # and in full precision
             losses = [self.criterion(self.plain_model(b.input_ids, b.attention_mask), b.targets).sum()
                       for b in labelled if b.targets is not None]
             return torch.stack(losses).sum() / examples
@@ -289,8 +279,8 @@ class MetaTrainer(Trainer):
 
     def _update(self, loss: Tensor) -> None:
         if not math.isfinite(value := loss.item()):
-            raise InputError(f"the loss on pseudo labels is {value} at step {self.progress.step + 1}; lower --lr "
-                             f"(now {self.args.lr:g}).")
+            raise Diverged(f"the loss on pseudo labels is {value} at step {self.progress.step + 1}; lower --lr "
+                           f"(now {self.args.lr:g}).")
         self.progress.loss_sum += value
         self.accelerator.backward(loss)
         if self.args.max_grad_norm:

@@ -1,7 +1,7 @@
 """The space of a hyper-parameter search: which flags of train.py, and which values of each.
 
 --hp_space FILE.json names flags of train.py, each with the values that it may take: a list to choose from, or a range.
-A range of whole numbers holds both its ends; "log" draws evenly in the logarithm, "step" draws multiples from "low" on.
+A range of whole numbers includes both ends; "log" draws evenly in the logarithm, and "step" draws low, low + step ...
 
     {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, "batch_size": [32, 64], "embedding_trainable": [true, false],
      "epoch": {"low": 1, "high": 8}, "weight_decay": {"low": 0, "high": 0.1, "step": 0.01}}

@@ -5,6 +5,7 @@ Starting a process costs seconds, so that one pair of processes runs all trainin
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -216,6 +217,45 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(runs: Runs, tmp_path: 
     # Two processes go on where they stood, and end as if nothing had happened.
     join(in_processes("train.py", *flags, "--resume"))
     assert same_weights(path, runs.root / "rich.pt") and history(path) == whole["history"]
+
+
+# ---------------------------------------------------------------------------- private names of accelerate and DeepSpeed
+
+
+def test_a_second_training_may_have_another_precision() -> None:
+    from accelerate import Accelerator
+
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="AcceleratorState has already been initialized"):
+        Accelerator(cpu=True, mixed_precision="no")
+    distributed.reset_accelerate()
+    assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+
+
+def test_a_prepared_model_is_itself_again() -> None:
+    """Or else evaluation would be in half precision."""
+    from accelerate import Accelerator
+
+    model = torch.nn.Linear(3, 2)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    assert model(torch.ones(1, 3)).dtype == prepared(torch.ones(1, 3)).dtype and "forward" in vars(model)
+    distributed.remove_autocast(model)
+    assert vars(model).keys() - vars(torch.nn.Linear(3, 2)).keys() == {"_is_accelerate_prepared"}
+    assert model(torch.ones(1, 3)).dtype == torch.float32
+
+
+def test_deepspeed_has_the_names_that_resuming_needs() -> None:
+    """A run of stages 1 to 3 that is resumed shows what comes of them; it takes minutes."""
+    import deepspeed
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    code = inspect.getsource(DeepSpeedZeroOptimizer)
+    for name in ("_hp_optimizer_states_linked", "single_partition_of_fp32_groups"):
+        assert f"self.{name} =" in code
+    assert callable(DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state)
+    assert "self.fp32_partitioned_groups_flat" in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 
 
 def test_lost_processes_by_what_is_raised() -> None:

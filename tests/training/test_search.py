@@ -502,6 +502,7 @@ def test_names_of_studies_follow_what_decides(encoded: Place) -> None:
 # --------------------------------------------------------------------------------------------- Optuna's private names
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
 def test_a_heartbeat_is_written_to_the_database() -> None:
     study = optuna.create_study(storage=open_storage("sqlite:///study.db"))
     trial = study.ask()
