@@ -1,19 +1,15 @@
-"""From a trained classifier to .onnx files: export, optimize, quantize, check, write; each step a function of its own.
+"""From a trained classifier to .onnx files: export, optimize, quantize, check, write; each step is a function.
 
-A graph is an onnx.ModelProto with the inputs input_ids [batch, length] int64 (0 at pad positions) and attention_mask
-[batch, length] bool, and the output logits [batch, labels]. Nothing gets its final name before it agrees with PyTorch.
+A file gets its final name only after its graph agrees with PyTorch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
-import tempfile
-import time
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression.onnx_graph import (
-    int8_share,
-    pack_attention,
-    quantize_tables,
-    select_early,
-    shorten_lookups,
-    tabulate_convolutions,
-    tidy,
-    trained_scales,
-)
+from compression.onnx_graph import fuse, quiet, run_graph, simplify
+from compression.onnx_int8 import choose_int8, trained_scales
 from dataset import EncodedData, check_same_data, pad
-from model import Classifier, WordEmbedding
+from model import Classifier, MaxOverTimeConv, WordEmbedding
 from pretrained.loading import attention_of, can_choose_attention
-from sentence_classifier.classifier import (
-    BUSY_WAIT,
-    INPUTS,
-    METADATA_KEY,
-    ONNX_FORMAT,
-    OUTPUT,
-    VOCABULARY_KEY,
-    make_session,
-)
+from sentence_classifier.classifier import INPUTS, METADATA_KEY, ONNX_FORMAT, OUTPUT, VOCABULARY_KEY
 from sentence_classifier.errors import InputError
 from util import Checkpoint, RunInfo, atomic_write
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_OPSET = 20  # the first one that has GELU as an operator
+DEFAULT_OPSET = 20  # the first one with GELU as an operator
 SIZE_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB
-TOLERANCE = 1e-4  # on logits; relative where they are larger than 1, as a Gaussian's are
-LOSS_LIMIT = 0.005  # share of the valid sentences that int8 may answer wrongly and fp32 does not
-SHARE_LIMIT = 0.9  # of the matrix and convolution weights must be int8
+TOLERANCE = 1e-4  # on logits; relative if they are larger than 1, as a Gaussian's are
+# Elements of a table of convolutions, each a byte: the file holds it, each start reads it, and the export holds several
+# at once. With the shipped config 26,000 words have room; 400,000 would need two gigabytes.
+TABULATED_LIMIT = 1 << 27
 
-# ---------------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------- modules that replace others
 
 
 class TableLookup(nn.Module):
@@ -72,6 +53,90 @@ class TableLookup(nn.Module):
         return F.embedding(input_ids, self.table)
 
 
+class TokenIds(nn.Module):
+    """The embedding of TabulatedConvolutions, which reads token ids."""
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids [B, T] -> the same."""
+        return input_ids
+
+
+class TabulatedConvolutions(nn.Module):
+    """A MaxOverTimeConv on word vectors in int8, computed by looking up and adding.
+
+    A convolution is linear: what a word adds to a window depends only on the word and on the tap (one position of one
+    kernel) that it meets. So a table holds it for each word and tap, [words * taps, filters] in int8. A filter has one
+    scale for all words and taps, so that windows are summed, and their maxima are taken, in integers.
+
+    Args:
+        vectors: [words, D], whose row 0 is zero: windows read it beyond a sentence's ends.
+    """
+
+    table: Tensor
+    tap: Tensor
+    place: Tensor
+    first: Tensor
+    members: Tensor
+    scales: Tensor
+    biases: Tensor
+
+    def __init__(self, vectors: Tensor, cnn: MaxOverTimeConv) -> None:
+        super().__init__()
+        widths = torch.tensor(cnn.kernel_sizes)
+        self.longest, self.taps = int(widths.max()), int(widths.sum())
+        tables, scales = [], []
+        for convolution in cnn.convolutions:
+            assert isinstance(convolution, nn.Conv1d)
+            added = torch.stack([vectors @ tap.t() for tap in convolution.weight.detach().unbind(2)], dim=1)
+            scales.append((added.abs().amax((0, 1)) / 127).clamp(min=torch.finfo(torch.float32).tiny))
+            tables.append((added / scales[-1]).round().to(torch.int8))  # [words, taps of the kernel, filters]
+        kernel = torch.arange(len(widths)).repeat_interleave(widths)  # of each tap
+        # Windows of all kernels end at the same words, so that the taps of a narrow one stand `longest - width` later.
+        first = (self.longest - widths)[kernel].view(-1, 1)
+        offset = torch.cat([torch.arange(int(width)) for width in widths]).view(-1, 1)
+        for name, tensor in (
+            ("table", torch.cat(tables, dim=1).flatten(0, 1)), ("tap", torch.arange(self.taps).view(-1, 1)),
+            ("place", first + offset), ("first", first), ("scales", torch.stack(scales)),
+            ("members", (kernel == torch.arange(len(widths)).view(-1, 1)).to(torch.uint8)),  # taps of each kernel
+            ("biases", torch.stack([one.bias.detach() for one in cnn.convolutions])),  # type: ignore
+        ):
+            self.register_buffer(name, tensor)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """input_ids [B, T], 0 where mask [B, T] is False -> [B, kernels * filters]."""
+        batch, length = input_ids.shape
+        beside, (kernels, filters) = self.longest - 1, self.scales.shape
+        start = torch.arange(length + beside, device=input_ids.device)  # of each window, pads included
+        words = F.pad(input_ids * self.taps, (beside, beside))
+        inside = F.pad(F.pad(mask, (beside, 0), value=True), (0, beside))
+        rows = at_positions(words, start + self.place) + self.tap  # [B, taps, windows]
+        # A window that begins behind its sentence reads the first window's rows again, which changes no maximum.
+        rows = torch.where(at_positions(inside, start + self.first), rows, rows[..., :1])
+        # The windows side by side make one product: [kernels, taps] by [B, taps, windows * filters].
+        sums = integer_product(self.members, F.embedding(rows, self.table).view(batch, self.taps, -1))
+        most = sums.view(batch, kernels, -1, filters).amax(2)  # [B, kernels, filters]
+        return F.relu(most * self.scales + self.biases).view(-1, kernels * filters)
+
+
+# The exporter has no direct form of these two: it makes several operators of the first, and of the second one on int32.
+
+
+def at_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, T], positions [M, N] -> [B, M, N]."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic("Gather", (x, positions), {"axis": 1}, dtype=x.dtype,
+                                       shape=(x.shape[0], *positions.shape))
+    return x[:, positions]
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] uint8 times b [B, K, N] int8 -> [B, M, N] int32."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic("MatMulInteger", (a, b), dtype=torch.int32,
+                                       shape=(b.shape[0], a.shape[0], b.shape[2]))
+    return a.int() @ b.int()
+
+
 def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                     scaling: float | None = None, position_bias: Tensor | None = None,
                     **kwargs: Any) -> tuple[Tensor, None]:
@@ -79,8 +144,8 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
     Args:
         query, key, value: [B, heads, T, size].
-        attention_mask: what is added to the scores, or True at real tokens; [B, 1, 1, T] where it only masks padding.
-        position_bias: what is added beside it.
+        attention_mask: added to the scores, or True at real tokens; [B, 1, 1, T] if it only masks padding.
+        position_bias: added as well.
     """
     batch, heads, length, size = query.shape
 
@@ -108,7 +173,7 @@ def fused_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
 def attention_mask_for_onnx(*, mask_function: Any = None, attention_mask: Tensor | None = None,
                             **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' eager attention; where it is the same for all queries, True at real tokens."""
+    """The mask of transformers' eager attention; True at real tokens if it is the same for all queries."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask
 
     if mask_function is bidirectional_mask_function and attention_mask is not None and attention_mask.ndim == 2:
@@ -116,31 +181,54 @@ def attention_mask_for_onnx(*, mask_function: Any = None, attention_mask: Tensor
     return eager_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+def word_convolutions(model: Classifier) -> MaxOverTimeConv | None:
+    """The convolutions of a model that TabulatedConvolutions can replace: they read word vectors, and few enough."""
+    cnn = next(model.encoder.children(), None)
+    if not (isinstance(model.embedding, WordEmbedding) and isinstance(cnn, MaxOverTimeConv)):
+        return None
+    words = len(model.embedding.trainable) + len(model.embedding.frozen)
+    filters = cnn.output_size // len(cnn.kernel_sizes)
+    return cnn if words * sum(cnn.kernel_sizes) * filters <= TABULATED_LIMIT else None
+
+
 @contextlib.contextmanager
-def ready_for_export(model: Classifier) -> Iterator[nn.Module]:
-    """A view of the classifier that exports well; the classifier itself is as before after the block."""
+def ready_for_export(model: Classifier, tabulated: bool = False) -> Iterator[nn.Module]:
+    """A view of the classifier that exports well; after the block, the classifier is as before.
+
+    Args:
+        tabulated: with TabulatedConvolutions in the place of `word_convolutions`.
+    """
     if isinstance(model.embedding, WordEmbedding):
-        yield Classifier(TableLookup(model.embedding), model.encoder, model.decoder).eval()  # type: ignore[arg-type]
+        words: Any = TableLookup(model.embedding)
+        encoder, cnn = model.encoder, word_convolutions(model) if tabulated else None
+        if cnn:
+            words, encoder = TokenIds(), TabulatedConvolutions(words.table, cnn)
+        yield Classifier(words, encoder, model.decoder).eval()
         return
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register("onnx", fused_attention)
     AttentionMaskInterface.register("onnx", attention_mask_for_onnx)
-    embedding = model.embedding
-    transformer, reads = embedding.transformer, embedding.reads
-    before = attention_of(transformer)
-    # Models whose attention is their own (DeBERTa, ConvBERT, MPNet ...) keep it: their graphs are plain operators.
+    subwords = model.embedding
+    transformer, reads, attention = subwords.transformer, subwords.reads, attention_of(subwords.transformer)
+    # Models whose attention is their own (DeBERTa, ConvBERT, MPNet ...) keep it; their graphs are plain operators.
     transformer.set_attn_implementation("onnx" if can_choose_attention(transformer) else "eager")
-    embedding.reads = "all"  # the graph is fused as a whole first, and narrowed then: see select_early
+    subwords.reads = "all"  # the whole graph is fused first; select_early narrows it
     try:
         yield model
     finally:
-        transformer.set_attn_implementation(before)
-        embedding.reads = reads
+        transformer.set_attn_implementation(attention)
+        subwords.reads = reads
 
 
-def export_graph(model: Classifier, opset: int = DEFAULT_OPSET) -> onnx.ModelProto:
+def export_graph(model: Classifier, opset: int = DEFAULT_OPSET, tabulated: bool = False) -> onnx.ModelProto:
     """The classifier's graph for any batch size and length, weights inside.
+
+    Args:
+        tabulated: see `ready_for_export`.
 
     Raises:
         InputError: it is larger than an ONNX file can be.
@@ -152,7 +240,7 @@ def export_graph(model: Classifier, opset: int = DEFAULT_OPSET) -> onnx.ModelPro
     ids = torch.arange(1, 22).view(3, 7)  # sizes that torch.export does not take for constants
     mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with ready_for_export(model) as exportable, torch.no_grad(), _quiet():
+    with ready_for_export(model, tabulated) as exportable, torch.no_grad(), quiet():
         program = torch.onnx.export(exportable, (ids * mask, mask), dynamo=True, opset_version=opset, verbose=False,
                                     input_names=list(INPUTS), output_names=[OUTPUT], external_data=False,
                                     dynamic_shapes=(dynamic, dynamic))
@@ -160,154 +248,19 @@ def export_graph(model: Classifier, opset: int = DEFAULT_OPSET) -> onnx.ModelPro
     return program.model_proto
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's and the quantizer's remarks on themselves."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-# -------------------------------------------------------------------------------------------------------- optimize
-
-
-def simplify(graph: onnx.ModelProto, n_ctx: int, pack: bool = True) -> onnx.ModelProto:
-    """The exported graph with less to compute, still in fp32 and open to quantization.
-
-    Args:
-        graph: left as it is.
-        n_ctx: tokens of the longest sentence.
-        pack: several products into one, where that is quicker.
-    """
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    wrapped = ONNXModel(_copy(graph))
-    wrapped.replace_gemm_with_matmul()
-    tidy(wrapped.model.graph)
-    shorten_lookups(wrapped.model.graph, n_ctx)
-    select_early(wrapped.model.graph)
-    if pack:
-        pack_attention(wrapped.model.graph)
-    tidy(wrapped.model.graph)
-    return wrapped.model
-
-
-def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
-    made = onnx.ModelProto()
-    made.CopyFrom(graph)
-    return made
-
-
-def fuse(graph: onnx.ModelProto, int8: bool = False) -> onnx.ModelProto:
-    """The graph as ONNX Runtime itself fuses it, on any processor: done once here, not at every start.
-
-    Args:
-        int8: the graph's products are quantized; a product joined with its bias first would stay in fp32.
-    """
-    import onnxruntime
-
-    # A sum and a layer norm are together twice as fast as ONNX Runtime's operator for both.
-    left_out = ["SkipLayerNormFusion", *(["MatMulAddFusion"] if int8 else [])]
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "fused.onnx")
-        onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"],
-                                     disabled_optimizers=left_out)
-        return onnx.load(options.optimized_model_filepath)
-
-
-# -------------------------------------------------------------------------------------------------------- quantize
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to int8.
-
-    Attributes:
-        calibrated: operators whose inputs have fixed scales, found on training sentences; those of the others are
-            measured as they come.
-        bits: of a weight. Seven keep processors without VNNI from saturating sums of two products.
-        tabulated: convolutions of words are looked up; see graph.tabulate_convolutions.
-        trained: scales that quantization-aware training found, by the graph's names; see graph.trained_scales.
-    """
-
-    calibrated: tuple[str, ...]
-    bits: int
-    tabulated: bool = False
-    trained: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        if self.trained:
-            return f"the scales of training, {self.bits}-bit weights per channel"
-        said = f"{' and '.join(self.calibrated) or 'nothing'} calibrated, {self.bits}-bit weights per channel"
-        return f"convolutions tabulated by word, {said}" if self.tabulated else said
-
-
-class _Sentences:
-    """Calibration sentences, one at a time, as the quantizer asks for them."""
-
-    def __init__(self, rows: Sequence[np.ndarray]) -> None:
-        self.rows = iter(rows)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The inputs of the next sentence, None after the last."""
-        row = next(self.rows, None)
-        if row is None:
-            return None
-        return {INPUTS[0]: np.asarray(row, dtype=np.int64)[None], INPUTS[1]: np.ones((1, len(row)), dtype=bool)}
-
-
-def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray]) -> onnx.ModelProto:
-    """A simplified graph with its matrices, convolutions and tables of vectors in int8.
-
-    Args:
-        graph: as `simplify` made it, its convolutions tabulated where the setting says so; left as it is.
-        rows: token ids of the calibration sentences.
-    """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
-
-    common = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": setting.bits == 7}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        source, target = Path(folder) / "graph.onnx", Path(folder) / "int8.onnx"
-        onnx.save(graph, source)
-        constant: dict[str, Any] = {"MatMulConstBOnly": True}
-        if setting.trained:  # with products that answer in fp32, as in training
-            constant |= {"TensorQuantOverrides": setting.trained, "OpTypesToExcludeOutputQuantization": ["MatMul"]}
-        if setting.calibrated:
-            quantize_static(source, target, _Sentences(rows), quant_format=QuantFormat.QDQ, extra_options=constant,
-                            op_types_to_quantize=list(setting.calibrated), activation_type=QuantType.QUInt8, **common)
-            source, target = target, source
-        measured = [name for name in ("MatMul", "Attention") if name not in setting.calibrated]
-        quantize_dynamic(source, target, op_types_to_quantize=measured, extra_options=constant, **common)
-        made = onnx.load(target)
-    quantize_tables(made.graph)
-    return made
-
-
 # ----------------------------------------------------------------------------------------------------------- check
 
 
-def run_graph(graph: onnx.ModelProto, batches: Sequence[Sequence[np.ndarray]],
-              num_threads: int = 0) -> list[np.ndarray]:
-    """Logits [B, C] of each batch of token id rows."""
-    session = make_session(graph.SerializeToString(), num_threads)
-    return [_logits(session, batch) for batch in batches]
-
-
-def _logits(session: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
-    batch = pad(rows)
-    return session.run([OUTPUT], {INPUTS[0]: batch.input_ids.numpy(), INPUTS[1]: batch.attention_mask.numpy()})[0]
+def check_rows(data: EncodedData, n_ctx: int, limit: int = 2000) -> list[np.ndarray]:
+    """Up to `limit` sentences spread over the file, and made ones of n_ctx tokens and of one token."""
+    places = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(np.int64))
+    rows = [np.asarray(row, dtype=np.int64) for row in data.rows(places)]
+    longest = np.concatenate(rows)
+    return [longest[:1], *rows, np.resize(longest, n_ctx)]
 
 
 def varied_batches(rows: Sequence[np.ndarray], sizes: Sequence[int] = (1, 2, 7, 32)) -> list[list[np.ndarray]]:
-    """All rows, in batches of several sizes, in each of which long and short ones stand side by side."""
+    """All rows in batches of several sizes, in each of which long and short ones stand side by side."""
     batches: list[list[np.ndarray]] = []
     start = 0
     for size in itertools.cycle(sizes):
@@ -322,7 +275,7 @@ def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray],
     """Compare a graph with PyTorch, sentence by sentence.
 
     Returns:
-        The largest difference of a logit (relative where logits are larger than 1).
+        The largest difference of a logit (relative if logits are larger than 1).
 
     Raises:
         InputError: a difference above 1e-4, or another prediction.
@@ -346,32 +299,28 @@ def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray],
 
 
 def make_metadata(run: RunInfo, **more: Any) -> dict[str, Any]:
-    """What a .onnx file says of itself beside the vocabulary."""
-    said = run.to_json()
-    del said["vocabulary"]
-    return {"format": ONNX_FORMAT, "run": said, **more}
+    """The metadata of a .onnx file beside the vocabulary: the run's, and `more`."""
+    own = run.to_json()
+    del own["vocabulary"]
+    return {"format": ONNX_FORMAT, "run": own, **more}
 
 
 def write(graph: onnx.ModelProto, metadata: dict[str, Any], vocabulary: str, path: str | Path) -> int:
     """Write a graph with its metadata, whole or not at all. Returns the file's size in bytes."""
-    import json
-
-    made = _copy(graph)
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
     del made.metadata_props[:]
-    said = json.dumps(metadata, ensure_ascii=False)
-    onnx.helper.set_model_props(made, {METADATA_KEY: said, VOCABULARY_KEY: vocabulary})
+    onnx.helper.set_model_props(made, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False),
+                                       VOCABULARY_KEY: vocabulary})
     content = made.SerializeToString()
     with atomic_write(path, "wb") as file:
         file.write(content)
     return len(content)
 
 
-# --------------------------------------------------------------------------------------------------------- convert
-
-
 def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, int8_path: str | None,
             opset: int = DEFAULT_OPSET, num_threads: int = 0, int8_mb: float | None = None) -> None:
-    """Write a classifier as a .onnx file and, where `int8_path` is given, as an int8 one.
+    """Write a classifier as a .onnx file and, if `int8_path` is given, as an int8 one.
 
     Args:
         model: on the CPU, in evaluation mode.
@@ -395,115 +344,14 @@ def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, 
                 size / 1e6, path)
     if int8_path:
         train = EncodedData(folder / f"train.txt.{kind}")
-        trained = {}
+        trained, tabulated = {}, None
         if checkpoint.quantization and checkpoint.quantization["way"] in ("qat", "qat_fx"):
             graph = simplify(exported, n_ctx, pack=False)
             trained = trained_scales(exported, graph, checkpoint.quantization["scales"])
-        made, figures = choose_int8(graph, fused, train, valid, num_threads, trained=trained, int8_mb=int8_mb)
-        size = write(made, make_metadata(run, opset=opset, int8=figures), run.vocabulary, int8_path)
-        logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", figures["setting"], size / 1e6, int8_path)
-
-
-def check_rows(data: EncodedData, n_ctx: int, limit: int = 2000) -> list[np.ndarray]:
-    """Up to `limit` sentences from all over the file, and ones of n_ctx tokens and of one."""
-    places = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(np.int64))
-    rows = [np.asarray(row, dtype=np.int64) for row in data.rows(places)]
-    longest = np.concatenate(rows)
-    return [longest[:1], *rows, np.resize(longest, n_ctx)]
-
-
-@dataclass
-class Candidate:
-    """An int8 graph and what was measured of it."""
-
-    setting: Setting
-    graph: onnx.ModelProto
-    share: float
-    correct: int
-    changed: int
-    milliseconds: float = 0.0
-
-
-def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedData, valid: EncodedData,
-                num_threads: int = 0, limit: int = 2000,
-                trained: dict[str, Any] | None = None,
-                int8_mb: float | None = None) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The fastest int8 form of a graph that keeps its accuracy on the valid sentences, found by measuring.
-
-    Args:
-        graph, fused: in fp32, as `simplify` and `fuse` made them.
-        trained: scales of quantization-aware training, which leave no choice.
-        int8_mb: how large the int8 graph may be; None: as large as the fastest is.
-
-    Returns:
-        The int8 graph, and the figures for its metadata.
-
-    Raises:
-        InputError: there is nothing to quantize, or no setting passes.
-    """
-    places = np.unique(np.linspace(0, len(valid) - 1, min(limit, len(valid))).astype(np.int64))
-    rows, targets = valid.rows(places), valid.class_ids()[places]
-    calibration = train.rows(np.unique(np.linspace(0, len(train) - 1, 256).astype(np.int64)))
-    if int8_share(fused) is None:
-        raise InputError("the model has no matrices and no convolutions, so that there is nothing to quantize.")
-
-    def predictions(candidate: onnx.ModelProto) -> np.ndarray:
-        # One at a time: how inputs that are measured as they come are rounded depends on the batch.
-        return np.concatenate(run_graph(candidate, [[row] for row in rows], num_threads)).argmax(1)
-
-    expected = predictions(fused)
-    correct = int((expected == targets).sum())
-    allowed = max(1.0, LOSS_LIMIT * len(rows))  # one sentence of a small file is more than half a point
-    convolves = ("Conv",) if any(node.op_type == "Conv" for node in graph.graph.node) else ()
-    candidates = []
-    settings = [Setting(calibrated, bits)
-                for calibrated, bits in itertools.product((convolves, (*convolves, "MatMul")), (8, 7))]
-    tabulated = _copy(graph)
-    if not trained and tabulate_convolutions(tabulated.graph):
-        settings += [Setting((), bits, tabulated=True) for bits in (8, 7)]
-    for setting in [Setting((*convolves, "MatMul"), 7, trained=trained)] if trained else settings:
-        made = fuse(quantize(tabulated if setting.tabulated else graph, setting, calibration), int8=True)
-        found = predictions(made)
-        candidates.append(Candidate(setting, made, int8_share(made) or 0.0, int((found == targets).sum()),
-                                    int((found != expected).sum())))
-    times = _time([fused, *(candidate.graph for candidate in candidates)], rows[:100], num_threads)
-    for candidate, milliseconds in zip(candidates, times[1:], strict=True):
-        candidate.milliseconds = milliseconds
-        logger.info("[int8: %s] %.1f %% of the weights, accuracy %.4f (fp32 %.4f), %d of %d predictions changed "
-                    "(%.2f %%), %.3f ms a sentence (fp32 %.3f), %.1f MB", candidate.setting, 100 * candidate.share,
-                    candidate.correct / len(rows), correct / len(rows), candidate.changed, len(rows),
-                    100 * candidate.changed / len(rows), milliseconds, times[0], candidate.graph.ByteSize() / 1e6)
-    passing = [c for c in candidates if c.share >= SHARE_LIMIT and correct - c.correct <= allowed
-               and (int8_mb is None or c.graph.ByteSize() <= int8_mb * 1e6)]
-    if not passing:
-        raise InputError(f"no int8 form of the model passes (at least {SHARE_LIMIT:.0%} of the weights, at most "
-                         f"{LOSS_LIMIT:.1%} of {len(rows)} valid sentences lost"
-                         f"{f', at most {int8_mb:g} MB' if int8_mb else ''}); use the fp32 file.")
-    fastest = min(c.milliseconds for c in passing)
-    # Times within a twentieth are equal; then the one that changes least.
-    best = min((c for c in passing if c.milliseconds <= 1.05 * fastest), key=lambda c: (c.changed, c.milliseconds))
-    return best.graph, {"setting": str(best.setting), "share": best.share, "accuracy": best.correct / len(rows),
-                        "accuracy_fp32": correct / len(rows), "changed": best.changed / len(rows),
-                        "examples": len(rows)}
-
-
-def _time(graphs: Sequence[onnx.ModelProto], rows: Sequence[np.ndarray], num_threads: int) -> list[float]:
-    """Median milliseconds a sentence of each graph, taken in turns, so that what else the machine does hits all.
-
-    A turn is some sentences long, the first of which do not count, and begins when the threads of the session before,
-    which wait busily for a while, have gone to sleep.
-    """
-    sessions = [make_session(graph.SerializeToString(), num_threads) for graph in graphs]
-    feeds = [{INPUTS[0]: np.asarray(row, dtype=np.int64)[None], INPUTS[1]: np.ones((1, len(row)), dtype=bool)}
-             for row in rows]
-    seconds: list[list[float]] = [[] for _ in graphs]
-    for start in range(0, len(feeds), 20):
-        turn = feeds[start : start + 20]
-        for session, spent in zip(sessions, seconds, strict=True):
-            time.sleep(BUSY_WAIT)
-            for number, feed in enumerate([*turn[:5], *turn]):
-                begin = time.perf_counter()
-                session.run([OUTPUT], feed)
-                if number >= 5:
-                    spent.append(time.perf_counter() - begin)
-    return [1000 * float(np.median(spent)) for spent in seconds]
+        elif word_convolutions(model):
+            tabulated = simplify(export_graph(model, opset, tabulated=True), n_ctx)
+        made, measured = choose_int8(graph, fused, train, valid, num_threads, tabulated=tabulated, trained=trained,
+                                     int8_mb=int8_mb)
+        size = write(made, make_metadata(run, opset=opset, int8=measured), run.vocabulary, int8_path)
+        logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", measured["setting"], size / 1e6,
+                    int8_path)

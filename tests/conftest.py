@@ -173,6 +173,25 @@ def trained(trained_once: Place, tmp_path: Path) -> Place:
 
 
 @pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The Case of a tiny BERT, hardly trained. Not to be changed."""
+    from cases import train_case
+
+    return train_case(tmp_path_factory.mktemp("bert") / "case", "BERT", "cls", 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_graph(tiny_bert: Any) -> tuple[Any, Any]:
+    """The classifier and its ONNX graph as the exporter leaves it. Not to be changed."""
+    from compression.onnx_export import export_graph
+    from model import load_classifier
+    from util import load_checkpoint
+
+    model = load_classifier(load_checkpoint(tiny_bert.root / "model.pt"), []).eval()
+    return model, export_graph(model)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The real data sets and vectors beside the repository."""
     folder = ROOT.parent / "shared"

@@ -1,10 +1,9 @@
-"""Export to ONNX and int8: every architecture through evaluate.py, the rewrites of graphs, and what is refused."""
+"""Export to ONNX: every architecture through evaluate.py, the modules that replace others, and what is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from architectures import ARCHITECTURES, HIDDEN, POSITIONS
-from cases import Case, make_case, onnx_flags, train_case
+from architectures import ARCHITECTURES
+from cases import Case, onnx_flags, train_case
 from conftest import Place
-from helpers import DIM, ENCODERS, ROOT, make_config, refusal, snapshot, write_config
+from graphs import ROWS, make_words, operators
+from helpers import DIM, ENCODERS, ROOT, refusal, snapshot, write_config
 
 import evaluate
-import preprocess
 import train
 from benchmarks.accuracy import code_hash
 from compression import onnx_export as export
-from compression.onnx_graph import (
-    pack_attention,
-    quantize_tables,
-    select_early,
-    shorten_lookups,
-    tabulate_convolutions,
-    tidy,
-)
 from dataset import pad
-from model import Classifier, WordEmbedding, build_model, load_classifier
-from sentence_classifier.classifier import RECORD_KEY, load
+from model import Classifier, Stack, WordEmbedding, load_classifier
+from sentence_classifier.classifier import METADATA_KEY, VOCABULARY_KEY, load
 from sentence_classifier.errors import InputError
-from util import load_checkpoint
+from util import RunInfo, load_checkpoint
 
 # Attention that is fused, a model all of convolutions, and one that looks back only. The matrix has them all.
 SLICE = [("BERT", "cls"), ("SqueezeBERT", "cls"), ("GPT-2", "cnn")]
@@ -58,9 +49,9 @@ def run_ways(root: Path, ways: dict[str, list[str]] = WAYS) -> dict[str, Any]:
     assert all(texts["pred"] == texts["inference"] for texts in said.values())  # tokenized and raw
     assert said["ONNX"] == said["PyTorch"]
     figures = {way: sum(label == answer for _, label, answer in rows[way]) / len(rows[way]) for way in rows}
-    record = load(root / "model.onnx").record
-    int8 = load(root / "int8.onnx").record["int8"] if "ONNX int8" in ways else {}
-    return {"accuracy": figures, "difference": record["difference"], "int8": int8}
+    metadata = load(root / "model.onnx").metadata
+    int8 = load(root / "int8.onnx").metadata["int8"] if "ONNX int8" in ways else {}
+    return {"accuracy": figures, "difference": metadata["difference"], "int8": int8}
 
 
 def check_ways(figures: dict[str, Any]) -> None:
@@ -89,7 +80,7 @@ def test_words(encoded: Place, encoder: str) -> None:
 @pytest.mark.parametrize(("name", "encoder"), MATRIX)
 def test_matrix(tmp_path: Path, name: str, encoder: str) -> None:
     """Figures go to .matrix/onnx/; what stands there already, by the same code, is not run again."""
-    sources = (ROOT / "compression" / file for file in ("onnx_export.py", "onnx_graph.py"))
+    sources = (ROOT / "compression" / file for file in ("onnx_export.py", "onnx_graph.py", "onnx_int8.py"))
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
     kept = ROOT / ".matrix/onnx" / f"{name}-{encoder}-{code_hash()}-{code}.json"
     if not kept.exists():
@@ -102,202 +93,71 @@ def test_matrix(tmp_path: Path, name: str, encoder: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- graphs
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A tiny BERT, hardly trained. Not to be changed."""
-    return train_case(tmp_path_factory.mktemp("bert") / "case", "BERT", "cls", 1)
-
-
-@pytest.fixture(scope="module")
-def bert_graph(bert: Case) -> tuple[Any, onnx.ModelProto]:
-    """The classifier and its graph as the exporter leaves it. Not to be changed."""
-    model = load_classifier(load_checkpoint(bert.root / "model.pt"), []).eval()
-    return model, export.export_graph(model)
-
-
-def copy(graph: onnx.ModelProto) -> onnx.ModelProto:
-    made = onnx.ModelProto()
-    made.CopyFrom(graph)
-    return made
-
-
-def operators(graph: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in graph.graph.node]
-
-
-ROWS = [np.array(row) for row in ([5, 6, 7, 8, 9, 10, 11], [5], [6, 7], [9] * 40, [12, 5, 6])]
-
-
-def test_the_model_is_as_before_after_an_export(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    model, graph = bert_graph
+def test_the_model_is_as_before_after_an_export(tiny_bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    model, graph = tiny_bert_graph
     assert model.embedding.transformer.config._attn_implementation != "onnx"
     export.check(graph, model, ROWS)
 
 
-def test_each_rewrite_computes_the_same(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    model, graph = bert_graph
-    made = copy(graph)
-    for step in (tidy, lambda graph: shorten_lookups(graph, 64), select_early, pack_attention, tidy):
-        before = operators(made)
-        step(made.graph)
-        assert export.check(made, model, ROWS) < 1e-5
-        assert operators(made) != before or step is tidy
-    assert operators(made).count("Attention") == 3 and "MultiHeadAttention" not in operators(made)
+def summed_windows(words: torch.Tensor, made: export.TabulatedConvolutions, width: int, first: int) -> torch.Tensor:
+    """A kernel's windows, tap by tap: words [T] -> [windows, filters] int64. `first` is its first tap's number."""
+    padded = torch.cat((torch.zeros(width - 1), words, torch.zeros(width - 1))).long()
+    table = made.table.view(-1, made.taps, made.table.shape[1]).long()
+    return torch.stack([sum(table[padded[at + tap], first + tap] for tap in range(width))
+                        for at in range(len(words) + width - 1)])
 
 
-def test_what_all_tokens_have_is_not_looked_up(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    names = operators(export.simplify(bert_graph[1], 64))
-    assert names[: names.index("LayerNormalization")].count("Gather") == 1  # of words: neither of types nor of places
-    assert not {"GatherElements", "Expand", "GreaterOrEqual"} & set(names)
-    short = export.simplify(bert_graph[1], 40)
-    sizes = {tuple(tensor.dims) for tensor in short.graph.initializer}
-    assert (1, 40, HIDDEN) in sizes and (POSITIONS, HIDDEN) not in sizes
-    assert export.check(short, bert_graph[0], ROWS) < 1e-5
-
-
-def test_the_last_layer_is_computed_at_one_position(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    made = export.simplify(copy(bert_graph[1]), 64)
-    names = operators(made)
-    last = len(names) - 1 - names[::-1].index("Attention")
-    assert names[last + 1] == "Gather" and names[last:].count("MatMul") >= 3  # its projection, two of the network
-
-
-def test_what_onnx_runtime_fuses(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    fused = operators(export.fuse(export.simplify(copy(bert_graph[1]), 64)))
-    counts = [fused.count(name) for name in ("Attention", "BiasGelu", "LayerNormalization", "SkipLayerNormalization")]
-    assert counts == [3, 2, 7, 0]  # after three layers, of which the last is computed at one position
-
-
-def test_tables_in_int8(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    model, graph = bert_graph
-    made = copy(graph)
-    quantize_tables(made.graph, least=1000)
-    stored = {tensor.name for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
-    assert stored
-    found = np.concatenate(export.run_graph(made, [[row] for row in ROWS]))
-    with torch.inference_mode():
-        expected = torch.cat([model(torch.as_tensor(row)[None], torch.ones(1, len(row), dtype=torch.bool))
-                              for row in ROWS]).numpy()
-    assert 0 < np.abs(found - expected).max() < 0.05
-
-
-def test_integer_operators_and_their_share(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    graph = export.simplify(copy(bert_graph[1]), 64)
-    assert export.int8_share(graph) == 0.0
-    made = export.fuse(export.quantize(graph, export.Setting((), 8), ROWS))
-    assert export.int8_share(made) == 1.0 and {"QAttention", "DynamicQuantizeMatMul"} & set(operators(made))
-
-
-def make_words(encoder: str = "cnn", /, **changes: Any) -> tuple[Classifier, onnx.ModelProto]:
-    """A random model of word vectors, and its graph."""
-    torch.manual_seed(3)
-    model = build_model(make_config(encoder, **changes), 4, WordEmbedding(torch.randn(50, DIM), 30)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, export.simplify(export.export_graph(model), 64)
-
-
-@pytest.mark.parametrize("sizes", [[2, 3, 4, 5, 6], [5, 1]])
-def test_convolutions_tabulated_by_word(sizes: list[int]) -> None:
-    model, graph = make_words(kernel_sizes=sizes, num_filters=32)
-    made = copy(graph)
-    assert tabulate_convolutions(made.graph) and "Conv" not in operators(made)
-    assert {tuple(tensor.dims) for tensor in made.graph.initializer} >= {(50 * sum(sizes), 32)}
-    assert (50, DIM) not in {tuple(tensor.dims) for tensor in made.graph.initializer}  # nobody reads the vectors
+@pytest.mark.parametrize("sizes", [[2, 3, 4, 5, 6], [5, 1], [1]])
+def test_tabulated_convolutions(sizes: list[int]) -> None:
+    model = make_words(kernel_sizes=sizes, num_filters=32)
     batch = pad(ROWS)
-    with torch.inference_mode():
-        expected = model(batch.input_ids, batch.attention_mask).numpy()
-    together = export.run_graph(made, [ROWS])[0]
-    alone = np.concatenate(export.run_graph(made, [[row] for row in ROWS]))
-    assert 0 < np.abs(together - expected).max() < 0.02 * np.abs(expected).max()
-    assert np.abs(together - alone).max() < 1e-5
-    int8 = export.fuse(export.quantize(made, export.Setting((), 8, tabulated=True), ROWS), int8=True)
-    assert export.int8_share(int8) == 1.0 and export.int8_share(graph) == 0.0
+    with export.ready_for_export(model, tabulated=True) as view, torch.inference_mode():
+        made = view.encoder
+        found = made(batch.input_ids, batch.attention_mask)
+        vectors = export.TableLookup(model.embedding).table
+        close = model.encode(batch.input_ids, batch.attention_mask)
+    assert made.table.shape == (50 * sum(sizes), 32) and made.table.dtype == torch.int8
+    # By hand: the table holds each filter's int8 levels; the answer is the maximum of integer sums, times the scale.
+    expected, first = [], 0
+    for kernel, (size, convolution) in enumerate(zip(sizes, model.encoder.cnn.convolutions, strict=True)):
+        added = torch.einsum("vd,fdk->vkf", vectors, convolution.weight.detach())
+        scale = added.abs().amax((0, 1)) / 127
+        torch.testing.assert_close(made.scales[kernel], scale)
+        levels = made.table.view(50, made.taps, 32)[:, first : first + size]
+        assert (levels * scale - added).abs().max() <= 0.501 * scale.max()
+        most = torch.stack([summed_windows(torch.tensor(row), made, size, first).amax(0) for row in ROWS])
+        expected.append((most * made.scales[kernel] + convolution.bias.detach()).relu())
+        first += size
+    torch.testing.assert_close(found, torch.cat(expected, 1))
+    assert 0 < (found - close).abs().max() < 0.02 * close.abs().max()
 
 
-@pytest.mark.parametrize(("encoder", "limit"), [("cnn", 50 * 20 * 5 - 1), ("densenet-cnn", 1 << 27)])
-def test_convolutions_that_are_not_tabulated(encoder: str, limit: int) -> None:
-    graph = make_words(encoder)[1]
-    before = graph.SerializeToString()
-    assert not tabulate_convolutions(graph.graph, limit) and graph.SerializeToString() == before
+def test_the_graph_of_tabulated_convolutions() -> None:
+    model = make_words(num_filters=32)
+    graph = export.export_graph(model, tabulated=True)
+    assert export.check(graph, ready(model), ROWS) < 1e-5
+    assert operators(graph).count("MatMulInteger") == 1 and "Conv" not in operators(graph)
+    assert (50, DIM) not in {tuple(tensor.dims) for tensor in graph.graph.initializer}  # nobody reads the vectors
+    assert isinstance(model.embedding, WordEmbedding) and isinstance(model.encoder, Stack)
 
 
-def test_a_file_with_convolutions_tabulated_by_word(trained: Place, monkeypatch: pytest.MonkeyPatch,
-                                                    caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
-    monkeypatch.setattr(export, "_time", lambda graphs, *_: [float(2**-number) for number in range(len(graphs))])
-    with caplog.at_level("INFO"):
-        evaluate.main(onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx"))
-    figures = load(trained.root / "int8.onnx").record["int8"]
-    assert figures["setting"].startswith("convolutions tabulated by word") and figures["share"] >= 0.9
-    assert "[int8: convolutions tabulated by word, " in caplog.text
-    evaluate.main(onnx_flags(trained.root, "--enable_ort", "--quantize_onnx", "--device=cpu"))
-    flags = onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx", "--quantized_onnx_mb=0.001")
-    assert "at most 0.001 MB" in refusal(evaluate.main, *flags)
-    check_labelling(trained)
+def ready(model: Classifier) -> Any:
+    """The view that is exported, in PyTorch."""
+    with export.ready_for_export(model, tabulated=True) as view:
+        return view
 
 
-def check_labelling(place: Place) -> None:
-    """A teacher in ONNX writes the logits that PyTorch writes."""
-    shutil.copy(place.data / "valid.txt", place.data / "augmented.raw")
-    preprocess.main(place.preprocess_flags("--augmented"))
-    said = []
-    for flags in ([], ["--enable_ort"]):
-        evaluate.main(onnx_flags(place.root, "--device=cpu", "--augmented", "--batch_size=7", *flags))
-        lines = (place.data / "augmented.raw.pred").read_text(encoding="utf-8").splitlines()
-        said.append(np.array([line.split("\t")[1].split() for line in lines], np.float32))
-    np.testing.assert_allclose(*said, atol=1e-4)
-    files = {json.loads(path.read_text())["teacher"]["model_path"].split("/")[-1]
-             for path in place.data.glob("logits-*.json")}
-    assert "model.onnx" in files
+@pytest.mark.parametrize(("encoder", "limit", "fits"), [
+    ("cnn", 50 * 9 * 8, True), ("cnn", 50 * 9 * 8 - 1, False), ("densenet-cnn", 1 << 27, False)])
+def test_what_can_be_tabulated(encoder: str, limit: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TABULATED_LIMIT", limit)
+    changes = {"kernel_sizes": [2, 3, 4], "num_filters": 8} if encoder == "cnn" else {}
+    model = make_words(encoder, **changes)
+    assert export.word_convolutions(model) is (model.encoder.cnn if fits else None)
 
 
-def check_trained_scales(root: Path) -> None:
-    """The int8 file of a model of QAT holds the scales of training, and answers as PyTorch's int8 does."""
-    flags = onnx_flags(root, "--device=cpu")
-    evaluate.main([*flags, "--enable_qat"])
-    expected = (root / "data/test.txt.pred").read_text(encoding="utf-8").splitlines()
-    evaluate.main([*flags, "--convert_onnx", "--quantize_onnx"])
-    figures = load(root / "int8.onnx").record["int8"]
-    assert figures["setting"].startswith("the scales of training") and figures["share"] >= 0.9
-    evaluate.main([*flags, "--enable_ort", "--quantize_onnx"])
-    answered = (root / "data/test.txt.pred").read_text(encoding="utf-8").splitlines()
-    changed = sum(one != other for one, other in zip(expected, answered, strict=True))
-    assert changed <= max(1, len(expected) // 20)  # near ties: what a convolution answers is rounded as well
-    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(root / "int8.onnx").graph.initializer]
-    held = {array.astype(np.float32).tobytes() for array in tensors if array.ndim == 1}
-    scales = load_checkpoint(root / "model.pt").quantization["scales"]
-    missing = [name for name, entry in scales.items() if len(entry["weight_scale"]) > 1
-               and "pooler" not in name and entry["weight_scale"].numpy().tobytes() not in held]  # nobody reads it
-    assert not missing
-
-
-@pytest.mark.parametrize("encoder", ["cnn", "densenet-cnn", "densenet-dsa"])
-def test_scales_of_training_on_words(encoded: Place, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
-    write_config(encoded.config, encoder)
-    train.main(encoded.train_flags("--epoch=2", "--enable_qat"))
-    check_trained_scales(encoded.root)
-
-
-@pytest.mark.parametrize("name", ["BERT", *(pytest.param(name, marks=pytest.mark.matrix)
-                                           for name in ("GPT-2", "ALBERT", "SqueezeBERT"))])
-def test_scales_of_training_in_transformers(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "draw_confusion", lambda *_: None)
-    case = make_case(tmp_path / "case", name)
-    preprocess.main(case.flags())
-    train.main(case.train_flags("--epoch=12", "--enable_qat"))
-    check_trained_scales(case.root)
-
-
-def test_a_weight_that_is_only_stored_in_int8_is_none(bert_graph: tuple[Any, onnx.ModelProto]) -> None:
-    weight = onnx.numpy_helper.from_array(np.ones((4, 3), dtype=np.int8), "weight")
-    scale = onnx.numpy_helper.from_array(np.float32(0.1), "scale")
-    nodes = [onnx.helper.make_node("DequantizeLinear", ["weight", "scale"], ["exact"]),
-             onnx.helper.make_node("MatMul", ["x", "exact"], ["y"])]
-    made = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [], [weight, scale]))
-    assert export.int8_share(made) == 0.0
+def test_transformers_are_not_tabulated(tiny_bert_graph: tuple[Any, onnx.ModelProto]) -> None:
+    assert export.word_convolutions(tiny_bert_graph[0]) is None
 
 
 def test_pad_rows_and_unseen_words_of_a_table(trained: Place) -> None:
@@ -313,10 +173,10 @@ def test_opsets(trained: Place, opset: int) -> None:
     assert versions[""] == opset
 
 
-def test_one_file(bert: Case, tmp_path: Path) -> None:
-    before = set(snapshot(bert.root))
-    evaluate.main(onnx_flags(bert.root, "--convert_onnx", f"--onnx_path={tmp_path / 'one.onnx'}"))
-    assert set(snapshot(bert.root)) == before
+def test_one_file(tiny_bert: Case, tmp_path: Path) -> None:
+    before = set(snapshot(tiny_bert.root))
+    evaluate.main(onnx_flags(tiny_bert.root, "--convert_onnx", f"--onnx_path={tmp_path / 'one.onnx'}"))
+    assert set(snapshot(tiny_bert.root)) == before
     assert [path.name for path in tmp_path.iterdir() if path.suffix in (".onnx", ".data", ".tmp")] == ["one.onnx"]
 
 
@@ -350,20 +210,6 @@ def test_a_failing_check_leaves_the_old_file(trained: Place, monkeypatch: pytest
     refused_without_a_trace(trained, "--convert_onnx")
 
 
-def test_int8_that_loses_too_much(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate.main(onnx_flags(trained.root, "--convert_onnx"))
-    monkeypatch.setattr(export, "SHARE_LIMIT", 1.1)
-    said = refusal(evaluate.main, *onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx"))
-    assert "no int8 form" in said and not (trained.root / "int8.onnx").exists()
-
-
-def test_nothing_to_quantize(encoded: Place) -> None:
-    write_config(encoded.config, "gnb")
-    train.main(encoded.train_flags("--epoch=1"))
-    said = refusal(evaluate.main, *onnx_flags(encoded.root, "--convert_onnx", "--quantize_onnx"))
-    assert "no matrices" in said and not (encoded.root / "int8.onnx").exists()
-
-
 def test_too_large_for_one_file(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "SIZE_LIMIT", 100)
     assert "at most 2 GB" in refused_without_a_trace(trained, "--convert_onnx")
@@ -379,19 +225,19 @@ def test_flags_that_go_together(trained: Place) -> None:
     assert "cpu" in refused_without_a_trace(trained, "--enable_ort", "--device=cuda")
 
 
-def test_the_record(trained: Place) -> None:
+def test_the_metadata(trained: Place) -> None:
     evaluate.main(onnx_flags(trained.root, "--convert_onnx"))
-    checkpoint = load_checkpoint(trained.model)
-    metadata = onnxruntime.InferenceSession(str(trained.root / "model.onnx")).get_modelmeta().custom_metadata_map
-    record = json.loads(metadata[RECORD_KEY])
-    assert all(record[key] == checkpoint[key] for key in ("run_id", "labels", "facts", "config"))
+    run = load_checkpoint(trained.model).run
+    held = onnxruntime.InferenceSession(str(trained.root / "model.onnx")).get_modelmeta().custom_metadata_map
+    found = RunInfo.from_json(json.loads(held[METADATA_KEY])["run"], vocabulary=held[VOCABULARY_KEY])
+    assert found.to_json() == run.to_json()
     with pytest.raises(InputError, match="no such file"):
         load(trained.root / "other.onnx")
 
 
-def test_padding_is_of_no_consequence(bert: Case, tmp_path: Path) -> None:
+def test_padding_is_of_no_consequence(tiny_bert: Case, tmp_path: Path) -> None:
     """Law 1 of the exported file."""
-    evaluate.main(onnx_flags(bert.root, "--convert_onnx", f"--onnx_path={tmp_path / 'one.onnx'}"))
+    evaluate.main(onnx_flags(tiny_bert.root, "--convert_onnx", f"--onnx_path={tmp_path / 'one.onnx'}"))
     classifier = load(tmp_path / "one.onnx", 1)
     together = classifier.logits(ROWS)
     alone = np.concatenate([classifier.logits([row]) for row in ROWS])

@@ -21,7 +21,9 @@ import fastformers
 import preprocess
 import train
 from compression import onnx_export as export
-from compression.onnx_graph import int8_share
+from compression.onnx_graph import fuse, run_graph, simplify
+from compression.onnx_int8 import Setting, int8_fraction
+from compression.onnx_int8 import quantize as quantize_graph
 from compression.pruning import Importance, check_targets, measure_importance, prune
 from compression.quantization import quantize
 from dataset import EncodedData
@@ -276,14 +278,14 @@ def test_onnx_and_int8(pruned_once: Case) -> None:
     """Attention is packed, and the last layer computed at one position, as in a whole model."""
     model, data = load(pruned_once, "pruned.pt"), EncodedData(pruned_once.root / "data/test.txt.fs")
     rows = data.rows(range(len(data)))
-    graph = export.simplify(export.export_graph(model), 64)
-    fused = export.fuse(graph)
+    graph = simplify(export.export_graph(model), 64)
+    fused = fuse(graph)
     assert export.check(fused, model, rows) < 1e-4
     attentions = [node for node in fused.graph.node if node.op_type == "Attention"]
     assert [onnx.helper.get_node_attr_value(node, "num_heads") for node in attentions] == [HEADS - 1] * LAYERS
-    int8 = export.fuse(export.quantize(graph, export.Setting((), 7), rows[:20]), int8=True)
-    assert (int8_share(int8) or 0) > 0.9
-    expected, found = (np.concatenate(export.run_graph(one, [rows])) for one in (fused, int8))
+    int8 = fuse(quantize_graph(graph, Setting((), 7), rows[:20]), int8=True)
+    assert (int8_fraction(int8) or 0) > 0.9
+    expected, found = (np.concatenate(run_graph(one, [rows])) for one in (fused, int8))
     assert (expected.argmax(1) == found.argmax(1)).mean() > 0.9
 
     expected = answer(model).numpy()
@@ -305,7 +307,7 @@ def test_a_pruned_folder_is_fine_tuned_like_any_other(pruned: Case) -> None:
 
 def test_distillation_takes_a_pruned_folder(pruned: Case) -> None:
     """As the student, which learns hidden states and attentions of the whole model, and as the teacher."""
-    common = ["--do_distill", "--maxtrain_steps=1", "--state_loss_ratio=1", "--att_loss_ratio=1"]
+    common = ["--do_distill", "--max_train_steps=1", "--state_loss_ratio=1", "--att_loss_ratio=1"]
     fastformers.main(pruned.train_flags(*common, "--lr=0", f"--bert_model_name_or_path={pruned.root / 'pruned'}",
                                         f"--restore_path={pruned.root / 'pruned.pt'}",  # with the head that it had
                                         f"--teacher_model_path={pruned.root / 'model.pt'}",
