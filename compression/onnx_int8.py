@@ -20,6 +20,7 @@ from compression.onnx_graph import fuse, quiet, run_graph
 from dataset import EncodedData
 from sentence_classifier.classifier import BUSY_WAIT, INPUTS, OUTPUT, make_session
 from sentence_classifier.errors import InputError
+from sentence_classifier.processor import has_vnni
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ INTEGER_OPERATORS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMa
 FLOAT_OPERATORS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv", "Attention")
 LOSS_LIMIT = 0.005  # of the valid sentences: how many int8 may answer wrongly that fp32 answers rightly
 FRACTION_LIMIT = 0.9  # of the matrix and convolution weights must be int8
+BATCH_SIZES = (7, 32, 200)  # with which the chosen graph is checked
+BATCH_TOLERANCE = 1e-5  # by which a logit may depend on its batch; relative if the logit is larger than 1
 
 # -------------------------------------------------------------------------------------------------------- quantize
 
@@ -182,6 +185,23 @@ def int8_fraction(graph: onnx.ModelProto) -> float | None:
     return sizes["int8"] / total if total else None
 
 
+def is_batch_invariant(graph: onnx.ModelProto, rows: Sequence[np.ndarray], num_threads: int = 0) -> bool:
+    """Whether an int8 graph answers sentences in batches of several sizes as it answers each of them alone.
+
+    An activation scale that is measured on arrival depends on the whole batch. With fixed scales, too, an activation
+    can be rounded the other way in a batch, since fp32 operators differ there by their last bit.
+    """
+    if any(node.op_type.startswith("DynamicQuantize") for node in graph.graph.node):
+        return False
+    alone = np.concatenate(run_graph(graph, [[row] for row in rows], num_threads))
+    allowed = BATCH_TOLERANCE * np.maximum(1.0, np.abs(alone))
+    for size in BATCH_SIZES:
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        if (np.abs(np.concatenate(run_graph(graph, batches, num_threads)) - alone) > allowed).any():
+            return False
+    return True
+
+
 @dataclass
 class Candidate:
     """An int8 graph and its measurements."""
@@ -250,16 +270,18 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     best = min((c for c in passing if c.milliseconds <= 1.05 * fastest), key=lambda c: (c.changed, c.milliseconds))
     return best.graph, {"setting": str(best.setting), "share": best.fraction, "accuracy": best.correct / len(rows),
                         "accuracy_fp32": correct / len(rows), "changed": best.changed / len(rows),
-                        "examples": len(rows)}
+                        "examples": len(rows), "weight_bits": best.setting.bits,
+                        "batch_invariant": is_batch_invariant(best.graph, rows, num_threads)}
 
 
 def _settings(convolves: tuple[str, ...], tabulated: bool, trained: dict[str, Any]) -> list[Setting]:
-    """The candidates' settings."""
+    """The candidates' settings. Without VNNI, 8-bit weights saturate on some sentences, if not on the valid ones."""
     if trained:
         return [Setting((*convolves, "MatMul"), 7, trained=trained)]
+    all_bits = (7,) if has_vnni() is False else (8, 7)
     calibrated = (convolves, (*convolves, "MatMul"))
-    return [*(Setting(operators, bits) for operators, bits in itertools.product(calibrated, (8, 7))),
-            *(Setting((), bits, tabulated=True) for bits in (8, 7) if tabulated)]
+    return [*(Setting(operators, bits) for operators, bits in itertools.product(calibrated, all_bits)),
+            *(Setting(("MatMul",), bits, tabulated=True) for bits in all_bits if tabulated)]  # fixed: batch-invariant
 
 
 def _time(graphs: Sequence[onnx.ModelProto], rows: Sequence[np.ndarray], num_threads: int) -> list[float]:

@@ -13,6 +13,7 @@ lowercase), so that neither the checkpoint nor the data need be there.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -22,7 +23,10 @@ import onnxruntime
 
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
+from sentence_classifier.processor import has_vnni
 from sentence_classifier.tokenizers import TokenizerInfo, make_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # In a .onnx file's metadata: what the file says of itself, as JSON, and the vocabulary or tokenizer that it reads with.
 METADATA_KEY, VOCABULARY_KEY = "classifier", "vocabulary"
@@ -86,10 +90,14 @@ class OnnxClassifier:
         info = TokenizerInfo.from_json(encoding)
         self.labels = Labels(tuple(encoding["labels"]))
         self.tokenizer = make_tokenizer(vocabulary, info)
+        # Such a file measures activation scales on arrival, those of a whole batch: so each sentence is answered alone.
+        self._alone = "int8" in metadata and not metadata["int8"].get("batch_invariant", False)
         self._ones = np.ones((1, max(1, info.n_ctx)), dtype=bool)
 
     def logits(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Logits [B, C] float32 of a batch of token id rows."""
+        if self._alone and len(rows) > 1:
+            return np.concatenate([self.logits([row]) for row in rows])
         if len(rows) == 1 and len(rows[0]) <= self._ones.shape[1]:  # nothing to pad
             ids = np.asarray(rows[0], dtype=np.int64)[None]
             mask = self._ones[:, : ids.shape[1]]
@@ -175,6 +183,10 @@ def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
         metadata = json.loads(found[METADATA_KEY])
         if metadata["format"] != ONNX_FORMAT or {one.name for one in session.get_inputs()} != set(INPUTS):
             raise ValueError("of another version of this toolkit")
+        if metadata.get("int8", {}).get("weight_bits") == 8 and has_vnni() is False:
+            logger.warning("%s: its 8-bit weights need a processor with VNNI, and this one has none: sums may be cut "
+                           "off, and answers wrong. Write the file anew on this machine: evaluate.py --convert_onnx "
+                           "--quantize_onnx.", path)
         return OnnxClassifier(session, metadata, found[VOCABULARY_KEY])
     except InputError:
         raise

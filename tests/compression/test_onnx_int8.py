@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cases import make_case, onnx_flags
+from cases import Case, make_case, onnx_flags
 from conftest import Place
 from graphs import ROWS, copy, make_words, operators
 from helpers import refusal, write_config
@@ -22,7 +23,8 @@ import train
 from compression import onnx_int8
 from compression.onnx_export import export_graph
 from compression.onnx_graph import fuse, run_graph, simplify
-from compression.onnx_int8 import Setting, int8_fraction, quantize, quantize_tables
+from compression.onnx_int8 import Setting, int8_fraction, is_batch_invariant, quantize, quantize_tables
+from sentence_classifier import classifier as runtime
 from sentence_classifier.classifier import load
 from util import load_checkpoint
 
@@ -60,8 +62,9 @@ def test_a_weight_that_is_only_stored_in_int8_is_none(tiny_bert_graph: tuple[Any
 
 def test_a_tabulated_graph_in_int8() -> None:
     graph = simplify(export_graph(make_words(num_filters=32), tabulated=True), 64)
-    made = fuse(quantize(graph, Setting((), 8, tabulated=True), ROWS), int8=True)
+    made = fuse(quantize(graph, Setting(("MatMul",), 8, tabulated=True), ROWS), int8=True)
     assert int8_fraction(made) == 1.0 and not any(name in operators(made) for name in onnx_int8.FLOAT_OPERATORS)
+    assert is_batch_invariant(made, ROWS)
 
 
 def test_a_file_with_convolutions_tabulated_by_word(trained: Place, monkeypatch: pytest.MonkeyPatch,
@@ -130,6 +133,79 @@ def test_scales_of_training_in_transformers(tmp_path: Path, name: str, monkeypat
     preprocess.main(case.flags())
     train.main(case.train_flags("--epoch=12", "--enable_qat"))
     check_trained_scales(case.root)
+
+
+# --------------------------------------------------------------------------------------- neighbours in a batch
+
+
+def check_neighbours(path: Path, invariant: bool) -> None:
+    """Logits and predictions of an int8 file are the same in batches of every size."""
+    classifier = load(path, 1)
+    assert classifier.metadata["int8"]["batch_invariant"] == invariant
+    generator = np.random.default_rng(5)
+    rows = [generator.integers(4, 40, generator.integers(1, 30)) for _ in range(200)]
+    alone = np.concatenate([classifier.logits([row]) for row in rows])
+    for size in (7, 32, 200):
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        together = np.concatenate([classifier.logits(batch) for batch in batches])
+        assert np.abs(together - alone).max() <= 1e-5
+        assert (together.argmax(1) == alone.argmax(1)).all()
+    if not invariant:  # else there is nothing that the file's entry guards against
+        graph = onnx.load(path)
+        assert np.abs(run_graph(graph, [rows])[0] - alone).max() > 1e-5
+
+
+def test_neighbours_of_a_transformer_do_not_matter(tiny_bert: Case, tmp_path: Path) -> None:
+    evaluate.main(onnx_flags(tiny_bert.root, "--convert_onnx", "--quantize_onnx", f"--onnx_path={tmp_path / 'fp32'}",
+                             f"--quantized_onnx_path={tmp_path / 'int8.onnx'}"))
+    check_neighbours(tmp_path / "int8.onnx", invariant=False)
+
+
+@pytest.mark.parametrize(("encoder", "last"), [("cnn", True), ("densenet-dsa", False)])
+def test_neighbours_of_a_word_model_do_not_matter(encoded: Place, encoder: str, last: bool,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(encoded.config, encoder)
+    train.main(encoded.train_flags("--epoch=1"))
+    # The tabulated candidates come last, those that measure scales on arrival first.
+    monkeypatch.setattr(onnx_int8, "_time", lambda graphs, *_: [float(2.0 ** (-n if last else n))
+                                                               for n in range(len(graphs))])
+    evaluate.main(onnx_flags(encoded.root, "--convert_onnx", "--quantize_onnx"))
+    check_neighbours(encoded.root / "int8.onnx", invariant=last)
+
+
+def test_rounding_that_a_batch_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = simplify(export_graph(make_words(), tabulated=True), 64)
+    assert is_batch_invariant(graph, ROWS)
+
+    def disturbed(graph: onnx.ModelProto, batches: Any, num_threads: int = 0) -> list[np.ndarray]:
+        return [logits + 1e-4 * (len(logits) > 1) for logits in run_graph(graph, batches, num_threads)]
+
+    monkeypatch.setattr(onnx_int8, "run_graph", disturbed)
+    assert not is_batch_invariant(graph, ROWS)
+
+
+# ---------------------------------------------------------------------------------------------------- processors
+
+
+def test_without_vnni_weights_have_7_bits(trained: Place, monkeypatch: pytest.MonkeyPatch,
+                                          caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path, flags = trained.root / "int8.onnx", onnx_flags(trained.root, "--convert_onnx", "--quantize_onnx")
+    monkeypatch.setattr(onnx_int8, "has_vnni", lambda: False)
+    evaluate.main(flags)
+    assert load(path).metadata["int8"]["weight_bits"] == 7 and "8-bit" not in caplog.text
+    for vnni in (True, None):
+        caplog.clear()
+        monkeypatch.setattr(onnx_int8, "has_vnni", lambda vnni=vnni: vnni)
+        monkeypatch.setattr(onnx_int8, "_time", lambda graphs, *_: [1.0, *[2.0 ** n for n in range(len(graphs) - 1)]])
+        evaluate.main(flags)
+        assert load(path).metadata["int8"]["weight_bits"] == 8 and "7-bit" in caplog.text
+    for vnni, warned in ((False, 1), (True, 0), (None, 0)):
+        caplog.clear()
+        monkeypatch.setattr(runtime, "has_vnni", lambda vnni=vnni: vnni)
+        load(path)
+        load(trained.root / "model.onnx")
+        assert sum("VNNI" in record.message for record in caplog.records) == warned
 
 
 # --------------------------------------------------------------------------------------------------------- refused
