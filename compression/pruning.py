@@ -1,18 +1,18 @@
-"""Structured pruning: attention heads and feed-forward units that matter least are removed from a transformer.
+"""Structured pruning: remove the attention heads and feed-forward units of a transformer that matter least.
 
 After FastFormers (Kim and Hassan 2020, arXiv 2010.13382), which takes the importance of a head from Michel et al. 2019
-(arXiv 1905.10650). With L(x) the loss of an example x and m a mask of ones, by which each head's context and each unit
-is multiplied,
+(arXiv 1905.10650). Let L(x) be the loss of an example x, and m a mask of ones that multiplies each head's context and
+each unit. Then
 
     I_m = sum over x of |dL(x) / dm|,  and  dL(x) / dm = sum over positions and elements of h * dL(x) / dh,
 
-where h is what m multiplies: the head's context, an input of the attention's output projection, or the unit after its
-activation, an input of the second feed-forward projection. Both are read off these inputs, whatever computes the
-attention. The absolute value is that of each example, as in the paper of 2019, so that the batches do not matter;
-pad positions have no gradient and add nothing.
+where h is the value that m multiplies: the head's context, an input of the attention's output projection, or the unit
+after its activation, an input of the second feed-forward projection. Hooks read both from these inputs, whatever
+computes the attention. The absolute value is taken for each example, as in the paper of 2019, so that the batches do
+not matter. Pad positions have no gradient and add nothing.
 
-What remains is as wide in each layer. So the order within a layer decides, which --dont_normalize_importance_by_layer
-leaves as it is: it changes the figures that are reported and drawn, by which layers can be compared.
+All layers keep the same number of heads and units. So only the order within a layer decides, which
+--dont_normalize_importance_by_layer does not change: it changes the reported and drawn figures, which compare layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataset import BucketSampler, EncodedData, prefetch
 from model import Classifier
 from pretrained.layout import NUM_HEADS, layer_parts, num_heads
 from sentence_classifier.errors import InputError
-from util import atomic_write
+from util import picture
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,16 @@ class Importance(NamedTuple):
 
 
 def ffn_key(config: Any) -> str:
-    """What a transformer's config calls the number of feed-forward units."""
+    """The key of a transformer's config for the number of feed-forward units."""
     return "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"
 
 
 def check_targets(transformer: Any, heads: int, units: int) -> None:
-    """Refuse to prune to more than there is, and models of other kinds."""
+    """Check the numbers of heads and units to keep.
+
+    Raises:
+        InputError: the model has fewer, or is of a kind that cannot be pruned.
+    """
     parts = layer_parts(transformer)[0]
     for flag, target, most, what in (
         ("target_num_heads", heads, num_heads(transformer.config), "attention heads"),
@@ -96,12 +100,12 @@ def measure_importance(model: Classifier, data: EncodedData, batch_size: int, de
 
 
 def prune(transformer: Any, importance: Importance, heads: int, units: int) -> None:
-    """Remove all but the most important heads and feed-forward units of each layer; the others keep their order.
+    """Remove all but the most important heads and feed-forward units of each layer; these keep their order.
 
-    The config says so: NUM_HEADS and the architecture's own key for the feed-forward part.
+    The config records it: NUM_HEADS, and the architecture's own key for the feed-forward part.
 
     Raises:
-        InputError: the model has fewer, or is of another kind.
+        InputError: as check_targets.
     """
     check_targets(transformer, heads, units)
     config = transformer.config
@@ -120,30 +124,24 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def draw_importance(importance: Importance, heads: int, units: int, path: str) -> None:
-    """Draw the importance of heads, those removed crossed out, and of units in ascending order, by layer.
+    """Draw the importance of heads (removed ones are crossed out) and of units, in ascending order, by layer.
 
     Args:
         heads, units: how many remain in each layer.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     layers, count = importance.heads.shape
-    figure, (left, right) = plt.subplots(1, 2, figsize=(5 + 0.45 * count, 2.6 + 0.4 * layers), layout="constrained")
-    image = left.imshow(importance.heads, cmap="Blues", vmin=0, aspect="auto")
-    left.set(title="attention heads (x: removed)", xlabel="head", ylabel="layer", xticks=range(count),
-             yticks=range(layers))
-    for layer, scores in enumerate(importance.heads):
-        for head in sorted({*range(count)} - {*_best(scores, heads).tolist()}):
-            left.text(head, layer, "x", ha="center", va="center", color="tab:red")
-    figure.colorbar(image, ax=left, label="importance")
-    for layer, scores in enumerate(importance.units.sort(dim=1).values):
-        right.plot(scores, color=plt.get_cmap("viridis")(layer / max(1, layers - 1)), label=f"layer {layer}")
-    right.axvline(importance.units.shape[1] - units, color="tab:red", linestyle="--", label="removed to the left")
-    right.set(title="feed-forward units", xlabel="unit, least important first", ylabel="importance", yscale="log")
-    right.legend(fontsize="small")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    with picture(path, 1, 2, figsize=(5 + 0.45 * count, 2.6 + 0.4 * layers)) as (figure, (left, right)):
+        image = left.imshow(importance.heads, cmap="Blues", vmin=0, aspect="auto")
+        left.set(title="attention heads (x: removed)", xlabel="head", ylabel="layer", xticks=range(count),
+                 yticks=range(layers))
+        for layer, scores in enumerate(importance.heads):
+            for head in sorted({*range(count)} - {*_best(scores, heads).tolist()}):
+                left.text(head, layer, "x", ha="center", va="center", color="tab:red")
+        figure.colorbar(image, ax=left, label="importance")
+        for layer, scores in enumerate(importance.units.sort(dim=1).values):
+            right.plot(scores, color=colormaps["viridis"](layer / max(1, layers - 1)), label=f"layer {layer}")
+        right.axvline(importance.units.shape[1] - units, color="tab:red", linestyle="--", label="removed to the left")
+        right.set(title="feed-forward units", xlabel="unit, least important first", ylabel="importance", yscale="log")
+        right.legend(fontsize="small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -17,6 +18,7 @@ import torch
 from architectures import ARCHITECTURES, make_model
 from cases import make_case
 from conftest import Place
+from graphs import ROWS, make_words
 from helpers import ENCODERS, ROOT, refusal, same_weights, write_config
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,18 +26,17 @@ from transformers.pytorch_utils import Conv1D
 import evaluate
 import preprocess
 import train
-from compression.quantization import (
-    CompiledGraph,
+from compression.products import (
     FakeProduct,
     Int8Product,
     channel_axis,
+    in_backward_pass,
     kind_of,
     matrix_weights,
     products,
-    quantize,
-    scales_of,
     weight_scale,
 )
+from compression.quantization import CompiledGraph, diffq_levels, quantize, scales_of, start_quantization
 from dataset import EncodedData, pad
 from model import TransformerEmbedding, build_model, load_classifier
 from pretrained.loading import load_pretrained
@@ -85,6 +86,8 @@ def made_products() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "width 5": (nn.Conv1d(24, 10, 5, padding=4), (3, 24, 7)),
         "strided": (nn.Conv1d(24, 10, 3, stride=2, padding=1), (3, 24, 7)),
         "same": (nn.Conv1d(24, 10, 3, padding="same", bias=False), (1, 24, 7)),
+        "same, uneven": (nn.Conv1d(24, 10, 4, padding="same"), (3, 24, 7)),
+        "valid": (nn.Conv1d(24, 10, 3, padding="valid"), (3, 24, 7)),
         "groups": (nn.Conv1d(24, 12, 3, padding=1, groups=3), (3, 24, 7)),
     }
     for module, _ in made.values():
@@ -166,6 +169,24 @@ def test_gradients_pass_the_rounding_and_stop_where_values_are_clipped() -> None
     assert x.grad.tolist() == [[1.0, 0.0]]
 
 
+def test_the_backward_pass_is_recognized() -> None:
+    seen = []
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x: Tensor) -> Tensor:
+            seen.append(in_backward_pass())
+            return x.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: Tensor) -> Tensor:
+            seen.append(in_backward_pass())
+            return gradient
+
+    Layer.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert seen == [False, True] and not in_backward_pass()
+
+
 def test_what_is_no_product() -> None:
     assert kind_of(nn.Conv1d(8, 8, 3, groups=8)) is None  # depthwise
     assert kind_of(nn.Conv1d(8, 8, 3, padding_mode="circular", padding=1)) is None
@@ -189,6 +210,38 @@ def test_at_least_90_percent_of_every_architecture(tmp_path: Path, name: str) ->
         after = model(batch.input_ids, batch.attention_mask)
     assert covered >= 0.9 * total
     assert 0 < (after - before).norm() < 0.2 * before.norm()
+
+
+# ------------------------------------------------------------------------------------------------------------ DiffQ
+
+
+@pytest.fixture
+def diffq(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Any, list[int]]:
+    """A model that DiffQ trains, its quantization, and a list that grows by each rounding of a weight."""
+    import diffq.diffq
+
+    model = make_words()
+    optimizer = torch.optim.SGD(model.parameters())
+    args = argparse.Namespace(enable_diffq=True, enable_qat=False, enable_qat_fx=False, diffq_penalty=1e-3)
+    quantization = start_quantization(model, optimizer, args)
+    roundings: list[int] = []
+    original = diffq.diffq.uniform_quantize
+    monkeypatch.setattr(diffq.diffq, "uniform_quantize",
+                        lambda weight, bits: roundings.append(weight.numel()) or original(weight, bits))
+    return model, quantization, roundings
+
+
+def test_levels_stand_for_the_rounded_weights(diffq: tuple[nn.Module, Any, list[int]]) -> None:
+    model, quantization, _ = diffq
+    levels = {id(weight): rest for weight, *rest in diffq_levels(quantization.quantizer)}
+    assert {quantization.names[key] for key in levels} == {
+        name for name, _ in model.named_parameters() if f"{name}_diffq" in model.state_dict()}
+    with quantization.quantizer.enter_quantize():
+        for weight in model.parameters():
+            if id(weight) in levels:
+                level, bits, low, high = levels[id(weight)]
+                own = low + (high - low) * level.float() / (2.0 ** bits.float().unsqueeze(1) - 1)
+                torch.testing.assert_close(own.view_as(weight), weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- through the stages
@@ -278,7 +331,7 @@ def test_resume(encoded: Place, flags: list[str]) -> None:
 
     def killed(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        calls.append(self.step)
+        calls.append(self.progress.step)
         if len(calls) == 3:
             raise Killed
 
@@ -329,7 +382,7 @@ def test_gradient_checkpointing_sees_a_batch_once(tmp_path: Path) -> None:
     preprocess.main(case.flags())
     scales = []
     for more in ([], ["--gradient_checkpointing"]):
-        train.main(case.train_flags("--maxtrain_steps=3", "--enable_qat", *more))
+        train.main(case.train_flags("--max_train_steps=3", "--enable_qat", *more))
         scales.append(scales_of(load_checkpoint(case.root / "model.pt")))
     for name, entry in scales[0].items():
         assert entry["scale"] == pytest.approx(scales[1][name]["scale"], rel=1e-3)

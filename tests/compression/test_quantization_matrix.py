@@ -65,7 +65,8 @@ def run_ways(root: Path, name: str, encoder: str, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(("name", "encoder"), MATRIX)
 def test_matrix(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, encoder: str) -> None:
     """Figures go to .matrix/int8/; what stands there already, by the same code, is not run again."""
-    code = hashlib.sha256((ROOT / "compression/quantization.py").read_bytes()).hexdigest()[:8]
+    sources = (ROOT / "compression" / file for file in ("products.py", "quantization.py"))
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
     kept = ROOT / ".matrix/int8" / f"{name}-{encoder}-{code_hash()}-{code}.json"
     if not kept.exists():
         rows = list(run_ways(tmp_path / "case", name, encoder, caplog))
