@@ -10,6 +10,7 @@ torchao is installed, transformers imports it at every start.)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import logging
@@ -40,6 +41,10 @@ class Quantization:
     def metadata(self) -> dict[str, Any]:
         """A checkpoint's entry "quantization": plain data and tensors."""
         return {}
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which the weights do not change, so that they are rounded once."""
+        return contextlib.nullcontext()
 
     def penalty(self) -> Tensor | float:
         """A term added to the mean loss of an example."""
@@ -121,6 +126,15 @@ class DiffQuantization(Quantization):
         self.weight = args.diffq_penalty
         self.quantizer = DiffQuantizer(model, min_size=0, group_size=size, exclude=others, suffix=DIFFQ_SUFFIX)
         self.quantizer.setup_optimizer(optimizer, lr=BITS_LR)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with torch.no_grad(), self.quantizer.enter_quantize():
+            self.quantizer.quantize = lambda: None  # which the package calls for every batch
+            try:
+                yield
+            finally:
+                del self.quantizer.quantize
 
     def penalty(self) -> Tensor | float:
         return self.weight * self.quantizer.model_size() if self.weight else 0.0

@@ -451,8 +451,9 @@ class Trainer:
             self.quantization.load_state_dict(
                 {name: total(seen, self.accelerator) / self.processes for name, seen in ranges.items()})
         with self.average.applied() if self.average else contextlib.nullcontext():
-            metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size, self.accelerator.device,
-                               self.accelerator)
+            with self.quantization.evaluating() if self.quantization else contextlib.nullcontext():
+                metrics = evaluate(self.plain_model, self.valid_data, self.args.eval_batch_size,
+                                   self.accelerator.device, self.accelerator)
             if not math.isfinite(metrics["loss"]):
                 raise Diverged(f"the valid loss is {metrics['loss']} at step {progress.step}; lower --lr.")
             point = {"step": progress.step, "epoch": progress.epoch,

@@ -231,12 +231,42 @@ def diffq(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Any, list[int]]:
     return model, quantization, roundings
 
 
+def test_weights_are_rounded_once_an_evaluation(diffq: tuple[nn.Module, Any, list[int]]) -> None:
+    model, quantization, roundings = diffq
+    batches = [pad(ROWS[:2]), pad(ROWS[2:])]
+
+    def answers() -> list[Tensor]:
+        with torch.no_grad():
+            return [model(batch.input_ids, batch.attention_mask) for batch in batches]
+
+    model.eval()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    expected = answers()
+    for_each_batch = len(roundings)
+    roundings.clear()
+    with quantization.evaluating():
+        found = answers()
+    assert len(roundings) == for_each_batch / len(batches) > 0
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(KeyError), quantization.evaluating():
+        assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+        raise KeyError
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())  # bit for bit
+
+
+def test_training_rounds_once_an_evaluation(encoded: Place, diffq: tuple[nn.Module, Any, list[int]]) -> None:
+    roundings = diffq[2]
+    train.main(encoded.train_flags("--enable_diffq", "--epoch=1", "--eval_batch_size=2", "--measure=last"))
+    weights = len(load_checkpoint(encoded.model).quantization["tensors"])
+    assert len(roundings) == 2 * weights  # for the evaluation of the one epoch, and for its checkpoint
+
+
 def test_levels_stand_for_the_rounded_weights(diffq: tuple[nn.Module, Any, list[int]]) -> None:
     model, quantization, _ = diffq
     levels = {id(weight): rest for weight, *rest in diffq_levels(quantization.quantizer)}
     assert {quantization.names[key] for key in levels} == {
         name for name, _ in model.named_parameters() if f"{name}_diffq" in model.state_dict()}
-    with quantization.quantizer.enter_quantize():
+    with quantization.evaluating():
         for weight in model.parameters():
             if id(weight) in levels:
                 level, bits, low, high = levels[id(weight)]
