@@ -13,8 +13,10 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -259,17 +261,20 @@ class CompiledGraph:
     compiler the graph runs uncompiled, and the log says so.
 
     Args:
-        model: with int8 products, in evaluation mode.
+        model: with int8 products, in evaluation mode; not changed.
         batch_size: of the largest batch to come.
         n_ctx: tokens of the longest sentence to come.
     """
 
     def __init__(self, model: Classifier, batch_size: int, n_ctx: int) -> None:
-        for module in model.modules():
-            if isinstance(module, Int8Product):
-                _PRODUCTS.append(copy.copy(module))
-                module.multiply = functools.partial(_operator(), place=len(_PRODUCTS) - 1)  # type: ignore
+        replaced = [module for module in model.modules() if isinstance(module, Int8Product)]
+        self.products = [copy.copy(module) for module in replaced]  # what the graph calls
+        for module, product in zip(replaced, self.products, strict=True):
+            number = next(_NUMBERS)
+            _PRODUCTS[number] = product
+            module.multiply = functools.partial(_operator(), place=number)  # type: ignore[method-assign]
         self.fewest = min(2, batch_size)
+        batch_size = batch_size if batch_size == 1 else max(3, batch_size)  # a dynamic size has a range
         n_ctx = max(n_ctx, SHORTEST + 1)
         ids = torch.full((batch_size, n_ctx), 3)
         example = (ids, torch.ones_like(ids, dtype=torch.bool))
@@ -278,6 +283,8 @@ class CompiledGraph:
         begin = time.perf_counter()
         with torch.no_grad():
             exported: Any = torch.export.export(model, example, dynamic_shapes=(sizes, sizes)).module()
+        for module in replaced:
+            del module.multiply  # the class's own again
         between = time.perf_counter()
         self.graph: Any = torch.compile(exported, dynamic=True)
         try:
@@ -301,7 +308,10 @@ class CompiledGraph:
         return self.graph(input_ids, attention_mask)[:count]
 
 
-_PRODUCTS: list[Int8Product] = []  # the operator's numbers to products
+# The operator names a product by its number, in the order of making: inductor keeps what it compiled for such numbers
+# on disk. Each CompiledGraph keeps its own products alive.
+_NUMBERS = itertools.count()
+_PRODUCTS: weakref.WeakValueDictionary[int, Int8Product] = weakref.WeakValueDictionary()
 
 
 @functools.cache

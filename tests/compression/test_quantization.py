@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import logging
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -466,7 +468,7 @@ def test_without_a_compiler(qat: Place, caplog: pytest.LogCaptureFixture, monkey
     assert predicted(qat.data) == fast
 
 
-@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("size", [1, 2, 5])
 def test_graphs_take_batches_of_any_shape(qat: Place, uncompiled: None, size: int) -> None:
     checkpoint = load_checkpoint(qat.model)
     eager, graph = (quantize(load_classifier(checkpoint, [str(qat.data)]).eval(), way, checkpoint, size)
@@ -481,6 +483,22 @@ def test_graphs_take_batches_of_any_shape(qat: Place, uncompiled: None, size: in
                 own = batch.input_ids[-1:, : int(batch.attention_mask[-1].sum())]
                 alone = eager(own, torch.ones_like(own, dtype=torch.bool))
             torch.testing.assert_close(alone, together[-1:], rtol=1e-3, atol=1e-3)  # padding is masked in int8, too
+
+
+def test_a_dropped_graph_frees_its_products(qat: Place, uncompiled: None) -> None:
+    checkpoint = load_checkpoint(qat.model)
+    model = load_classifier(checkpoint, [str(qat.data)]).eval()
+    batch = pad([np.arange(4, 12), np.arange(5, 9)])
+    graph = quantize(model, "qat_fx", checkpoint, 2)
+    kept = [weakref.ref(product) for product in graph.products]
+    with torch.inference_mode():
+        expected = graph(batch.input_ids, batch.attention_mask)
+        torch.testing.assert_close(model(batch.input_ids, batch.attention_mask), expected, rtol=1e-4, atol=1e-4)
+    del graph
+    gc.collect()
+    assert kept and all(product() is None for product in kept)
+    with torch.inference_mode():  # the model has its own
+        torch.testing.assert_close(model(batch.input_ids, batch.attention_mask), expected, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- accuracy
