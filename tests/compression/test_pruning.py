@@ -305,7 +305,7 @@ def test_a_pruned_folder_is_fine_tuned_like_any_other(pruned: Case) -> None:
 
 def test_distillation_takes_a_pruned_folder(pruned: Case) -> None:
     """As the student, which learns hidden states and attentions of the whole model, and as the teacher."""
-    common = ["--do_distill", "--maxtrain_steps=1", "--state_loss_ratio=1", "--att_loss_ratio=1"]
+    common = ["--do_distill", "--max_train_steps=1", "--state_loss_ratio=1", "--att_loss_ratio=1"]
     fastformers.main(pruned.train_flags(*common, "--lr=0", f"--bert_model_name_or_path={pruned.root / 'pruned'}",
                                         f"--restore_path={pruned.root / 'pruned.pt'}",  # with the head that it had
                                         f"--teacher_model_path={pruned.root / 'model.pt'}",

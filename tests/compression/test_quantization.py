@@ -329,7 +329,7 @@ def test_gradient_checkpointing_sees_a_batch_once(tmp_path: Path) -> None:
     preprocess.main(case.flags())
     scales = []
     for more in ([], ["--gradient_checkpointing"]):
-        train.main(case.train_flags("--maxtrain_steps=3", "--enable_qat", *more))
+        train.main(case.train_flags("--max_train_steps=3", "--enable_qat", *more))
         scales.append(scales_of(load_checkpoint(case.root / "model.pt")))
     for name, entry in scales[0].items():
         assert entry["scale"] == pytest.approx(scales[1][name]["scale"], rel=1e-3)
