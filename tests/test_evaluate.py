@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 import evaluate
 import preprocess
 import train
+from text.labels import read_labels
 
 LINES = make_lines(21, 2)  # test.txt
 

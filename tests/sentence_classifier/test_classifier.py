@@ -18,8 +18,9 @@ from helpers import ROOT, make_lines, refusal, snapshot
 
 import evaluate
 import preprocess
-from sentence_classifier.classifier import RECORD_KEY, VOCABULARY_KEY, load
+from sentence_classifier.classifier import METADATA_KEY, VOCABULARY_KEY, load
 from sentence_classifier.errors import InputError
+from text.labels import read_labels
 
 SENTENCES = [sentence for sentence, _ in make_lines(21, 2)]  # of test.txt
 
@@ -69,7 +70,7 @@ def test_answers_are_those_of_the_checkpoint(words: Place, monkeypatch: pytest.M
 def test_longer_than_n_ctx(words: Place) -> None:
     """Rows that somebody else tokenized."""
     classifier = load(words.root / "model.onnx")
-    row = np.full(classifier.record["facts"]["n_ctx"] + 20, 3)
+    row = np.full(classifier.metadata["run"]["encoding"]["n_ctx"] + 20, 3)
     assert classifier.logits([row]).shape == (1, 4)
 
 
@@ -169,7 +170,7 @@ def test_no_metadata(own: Place) -> None:
 
 @pytest.mark.parametrize("record", ["{", "[]", "{}", '{"format": 99}', '{"format": 1, "labels": 3}'])
 def test_unusable_metadata(own: Place, record: str) -> None:
-    rewrite(own.root / "model.onnx", **{RECORD_KEY: record, VOCABULARY_KEY: "<pad>\n<unk>\n"})
+    rewrite(own.root / "model.onnx", **{METADATA_KEY: record, VOCABULARY_KEY: "<pad>\n<unk>\n"})
     assert "its metadata cannot be used" in refused(own)
 
 
