@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The flags, and the config where one is given."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, __file__)
     files = parser.add_argument_group("files")
     add_config_flag(files, None)
     add_data_dir_flag(files, None)
@@ -525,10 +525,11 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("[Elapsed Time] : %dms, %sms on average", timing["total_ms"], timing["mean_ms"])
     target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
     write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
+    flags = {key: value for key, value in vars(args).items() if key != "command"}
     write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                **compared, "timing": timing, "flags": vars(args), "run_id": run.run_id,
+                **compared, "timing": timing, "flags": flags, "run_id": run.run_id,
                 "config": run.config, "git_revision": git_revision(), "versions": versions(),
-                "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(["evaluate.py", *sys.argv[1:]])},
+                "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command},
                f"{path}.test.json")
 
 

@@ -82,6 +82,7 @@ def test_predictions_and_results_agree(trained: Place) -> None:
     f1 = [2 * matrix[i][i] / max(1, sum(matrix[i]) + sum(row[i] for row in matrix)) for i in range(4)]
     assert found["macro_f1"] == pytest.approx(np.mean(f1))
     assert correct > 10  # it is a trained model
+    assert found["command"] == " ".join(["evaluate.py", *trained.evaluate_flags()])
     assert {"timing", "flags", "run_id", "config", "git_revision", "versions", "date", "command"} <= set(found)
 
 
