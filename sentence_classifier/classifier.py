@@ -146,15 +146,12 @@ class OnnxClassifier(TextClassifier):
         self.session = session
         self.metadata = metadata
         self.vocabulary = vocabulary
-        self._alone = bool(metadata.get("int8"))
+        # Such a file measures activation scales on arrival, those of a whole batch: so each sentence is answered alone.
+        self._alone = "int8" in metadata and not metadata["int8"].get("batch_invariant", False)
         self._ones = np.ones((1, max(1, info.n_ctx)), dtype=bool)
 
     def logits(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """Logits [B, C] float32 of a batch of token id rows.
-
-        An int8 graph rounds what its layers read by one scale for the whole batch, so that a sentence's logits would
-        depend on the sentences beside it: there each sentence is computed alone.
-        """
+        """Logits [B, C] float32 of a batch of token id rows."""
         if self._alone and len(rows) > 1:
             return np.concatenate([self.logits([row]) for row in rows])
         if len(rows) == 1 and len(rows[0]) <= self._ones.shape[1]:  # nothing to pad
