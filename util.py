@@ -42,10 +42,9 @@ CHECKPOINT_FORMAT = 2
 # In a saved transformer's config.json: the run that it belongs to, and what that was trained from.
 RUN_ID, IDENTITY = "classifier_run_id", "classifier_identity"
 ROOT = Path(__file__).resolve().parent
-# For labels in pictures: Chinese, Japanese and Korean, other scripts, and signs, as Linux, macOS and Windows have them.
-FONTS = ("Noto Sans CJK JP", "Noto Sans CJK KR", "NanumGothic", "Apple SD Gothic Neo", "Malgun Gothic",
-         "Arial Unicode MS", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Segoe UI Symbol",
-         "Noto Emoji", "Symbola")
+# For labels in pictures: Chinese, Japanese and Korean; other scripts; signs.
+FONTS = ("Noto Sans CJK JP", "NanumGothic", "Apple SD Gothic Neo", "Malgun Gothic", "Arial Unicode MS",
+         "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Segoe UI Symbol", "Noto Emoji", "Symbola")
 
 
 def setup_logging(log_path: str | None = None) -> None:
@@ -468,11 +467,9 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path}: not a whole checkpoint of this toolkit (no zip archive, or a truncated one).")
     try:
         # Memory-mapped: an identity can be read without reading the weights. Torch wants a path that is text for it.
-        if str(path).isprintable():
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        else:
-            with open(path, "rb") as file:
-                found = torch.load(file, map_location="cpu", weights_only=True)
+        mapped = str(path).isprintable()
+        with open(path, "rb") as file:
+            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen kinds for a damaged zip; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole checkpoint of this toolkit ({reason}).") from None

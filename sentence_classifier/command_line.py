@@ -78,7 +78,7 @@ def _sentence(raw: bytes) -> str:
     try:
         line = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise ValueError(f"broken UTF-8 at byte {error.start + 1} of the line.") from None
+        raise ValueError(f"broken UTF-8 at byte {error.start + 1} of the line; the file has to be in UTF-8.") from None
     if "\t" in line:
         raise ValueError("a TAB; unlabelled input is one sentence a line.")
     if "\0" in line:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ LINES = make_lines(21, 2)  # test.txt
 
 def predictions(place: Place, kind: str = "pred") -> list[list[str]]:
     """The rows of a predictions file."""
-    content = (place.data / f"test.txt.{kind}").read_text(encoding="utf-8")
+    content = (place.data / f"test.txt.{kind}").read_bytes().decode()  # in which a lone CR is text
     return [line.split("\t") for line in content.removesuffix("\n").split("\n")]
 
 
@@ -205,6 +206,25 @@ def test_labels_that_train_lacks_count_as_errors(trained: Place, flags: list[str
     warned = [record.getMessage() for record in caplog.records if "train.txt lacks" in record.getMessage()]
     assert len(warned) == 1
     assert "3 of 21 sentences have a label that train.txt lacks (out of scope 2, 날씨 1); they count as" in warned[0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--enable_inference"]])
+def test_labels_that_train_lacks_pass_every_stage(raw: Place, flags: list[str]) -> None:
+    """And Korean in two Unicode forms is the same sentence and the same label in all of them."""
+    korean = [("내일 날씨 어때", "날씨"), ("음악 재생해 줘", "음악")]
+    for name, form in (("train.txt", "NFC"), ("valid.txt", "NFC"), ("test.txt", "NFD")):
+        with open(raw.data / name, "a", encoding="utf-8") as file:
+            file.write(normalize(form, "".join(f"{sentence}\t{label}\n" for sentence, label in korean * 6)))
+    for name in ("valid.txt", "test.txt"):
+        with open(raw.data / name, "a", encoding="utf-8") as file:
+            file.write("who are you\toos\n")
+    preprocess.main(raw.preprocess_flags())
+    train.main(raw.train_flags("--epoch=6"))
+    evaluate.main(raw.evaluate_flags(*flags))
+    found = results(raw)
+    assert found["examples"] == 21 + 12 + 1 and list(found["per_class"])[-1] == "oos"
+    assert found["per_class"]["oos"]["support"] == 1 and found["per_class"]["날씨"]["support"] == 6
+    assert found["per_class"]["날씨"]["recall"] == found["per_class"]["음악"]["recall"] == 1.0
 
 
 def test_encoded_data_that_left_out_sentences(trained: Place) -> None:
