@@ -358,7 +358,7 @@ def write(graph: onnx.ModelProto, metadata: dict[str, Any], vocabulary: str, pat
 
     made = _copy(graph)
     del made.metadata_props[:]
-    said = json.dumps(metadata, ensure_ascii=False)
+    said = json.dumps(metadata)  # in ASCII: a path may hold bytes that are no text
     onnx.helper.set_model_props(made, {METADATA_KEY: said, VOCABULARY_KEY: vocabulary})
     content = made.SerializeToString()
     with atomic_write(path, "wb") as file:
