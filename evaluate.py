@@ -175,13 +175,14 @@ class TorchClassifier(TextClassifier):
         Raises:
             InputError: no such file, a damaged one, or one whose word vectors are not there.
         """
-        from cli.devices import choose_device
+        from cli.devices import choose_device, use_device
         from compression.quantization import quantize
         from model import load_classifier
         from util import load_checkpoint
 
         checkpoint = load_checkpoint(path)
         where = choose_device(device)
+        use_device(where)
         model: Any = load_classifier(checkpoint, [data_dir, checkpoint.run.flags["data_dir"]]).to(where).eval()
         return cls(quantize(model, int8_mode, checkpoint, batch_size) if int8_mode else model, checkpoint, where)
 
