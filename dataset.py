@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sentence_classifier import batches
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from text.arrays import ENCODED_FORMAT, has_fingerprint, open_arrays
@@ -66,10 +67,7 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None) -> Batch:
     """A batch of token id rows, padded to the longest."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, dtype=np.int64)
-    ids[mask] = np.concatenate(rows)
+    ids, mask = batches.pad(rows)
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask),
                  None if targets is None else torch.from_numpy(targets))
 

@@ -3,7 +3,7 @@
 Reads   MODEL_PATH (with --enable_ort ONNX_PATH) and DATA_DIR/test.txt with its encoding test.txt.ids or test.txt.fs;
         or raw text.
 Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB prediction,
-        and beside the model's file its .test.json (results) and .confusion.png.
+        and beside the model's file its .test.json (results) and .confusion.png; all of them in --output_dir if given.
         --convert_onnx writes ONNX_PATH, with --quantize_onnx also QUANTIZED_ONNX_PATH, and no results.
         --augmented labels DATA_DIR/augmented.raw: it writes augmented.raw.pred, sentence TAB logits, and no results.
 
@@ -15,17 +15,14 @@ Writes  DATA_DIR/test.txt.pred (or test.txt.inference): sentence TAB label TAB p
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import logging
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -42,167 +39,187 @@ from cli.flags import (
     positive_int,
     thread_count,
 )
+from sentence_classifier.batches import by_length
+from sentence_classifier.classifier import OnnxClassifier, TextClassifier, load
+from sentence_classifier.command_line import SentenceReader, answer_lines
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import make_tokenizer
+from text.evaluation_report import EvaluationReport, clip, draw_confusion, time_figures, write_predictions
 from text.labels import label_parser, write_logits_info
 from text.lines import TsvReader, chunks, progress
-from util import RunInfo, atomic_write
+from util import RUN_ID, RunInfo, atomic_write, git_revision, saved_fact, setup_logging, versions, write_json
 
 if TYPE_CHECKING:  # it imports torch
     from dataset import EncodedData
 
 logger = logging.getLogger(__name__)
 
+Config = dict[str, Any] | None
 
-def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The flags, and the config where one is given."""
-    parser = Parser(__doc__)
+
+def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The flags, with `int8_mode` (dqm, qat, qat_fx, diffq or None) and `command` beside them; and --config's content.
+
+    Raises:
+        InputError: flags that do not go together, or a config that cannot be used.
+    """
+    parser = Parser(__doc__, __file__)
     files = parser.add_argument_group("files")
     add_config_flag(files, None)
     add_data_dir_flag(files, None)
-    files.add_argument("--model_path", default="pytorch-model.pt", help="the checkpoint (default: %(default)s)")
-    files.add_argument("--bert_output_dir", help="a transformer's saved folder, checked to be of the same run")
+    files.add_argument("--model_path", default="pytorch-model.pt",
+                       help="The checkpoint that train.py wrote (default: %(default)s).")
+    files.add_argument("--bert_output_dir",
+                       help="A transformer's saved folder. It is only checked to be of the same run as the model "
+                            "(default: it is not checked).")
+    files.add_argument("--output_dir",
+                       help="The folder for all results (default: predictions are written beside their text, the rest "
+                            "beside the model's file).")
     what = parser.add_argument_group("what to do")
     what.add_argument("--enable_inference", action="store_true",
-                      help="from raw text, one sentence at a time, with tokenization in the measured time")
-    what.add_argument("--input_path", help="classify the lines of this file, - for standard input; answers one JSON "
-                                           "object a line on standard output")
+                      help="Measure on raw text, one sentence at a time, with tokenization in the measured time.")
+    what.add_argument("--input_path",
+                      help="Classify the lines of this file, or of standard input if it is -, and print one JSON "
+                           "object a line.")
     what.add_argument("--augmented", action="store_true",
-                      help="label augmented.raw with logits, in fp32, for a student to learn from")
+                      help="Label augmented.raw with logits, in fp32, for a student to learn from.")
     what.add_argument("--more_teachers", nargs="+", default=[], metavar="MODEL_PATH",
-                      help="with --augmented: label with the mean of the logits of several models, the first of which "
-                           "is --model_path (with --enable_ort: ONNX files, the first --onnx_path)")
-    what.add_argument("--num_examples", type=natural_int, default=0, help="only the first so many (default: 0, all)")
-    what.add_argument("--batch_size", type=positive_int, default=1, help="(default: 1)")
-    what.add_argument("--skip_bad_lines", action="store_true", help="pass over unusable lines and count them")
+                      help="With --augmented: label with the mean of the logits of several models, the first of which "
+                           "is --model_path (with --enable_ort these are ONNX files, and the first is --onnx_path).")
+    what.add_argument("--num_examples", type=natural_int, default=0,
+                      help="Read only so many examples from the beginning of the file (default: 0, all).")
+    what.add_argument("--batch_size", type=positive_int, default=1,
+                      help="How many sentences are computed together (default: %(default)s).")
+    what.add_argument("--skip_bad_lines", action="store_true", help="Leave out unusable lines, and count them.")
     onnx = parser.add_argument_group("ONNX")
-    onnx.add_argument("--convert_onnx", action="store_true", help="export the checkpoint, check the export, and end")
-    onnx.add_argument("--enable_ort", action="store_true", help="evaluate ONNX_PATH with ONNX Runtime, on the cpu")
+    onnx.add_argument("--convert_onnx", action="store_true",
+                      help="Export the checkpoint to ONNX, check that the export agrees with it, and end.")
+    onnx.add_argument("--enable_ort", action="store_true", help="Evaluate ONNX_PATH with ONNX Runtime, on the CPU.")
     onnx.add_argument("--quantize_onnx", action="store_true",
-                      help="with --convert_onnx: write an int8 file as well; with --enable_ort: evaluate it")
-    onnx.add_argument("--onnx_path", default="pytorch-model.onnx", help="(default: %(default)s)")
-    onnx.add_argument("--quantized_onnx_path", default="pytorch-model.onnx-quantized", help="(default: %(default)s)")
+                      help="With --convert_onnx: write an int8 file as well. With --enable_ort: evaluate that file.")
+    onnx.add_argument("--onnx_path", default="pytorch-model.onnx", help="The ONNX file (default: %(default)s).")
+    onnx.add_argument("--quantized_onnx_path", default="pytorch-model.onnx-quantized",
+                      help="The int8 ONNX file (default: %(default)s).")
     onnx.add_argument("--quantized_onnx_mb", type=number(), metavar="MB",
-                      help="how large the int8 file may be (default: as large as the fastest form is)")
+                      help="How large the int8 file may be (default: as large as the fastest form is).")
     onnx.add_argument("--onnx_opset", type=int, choices=range(18, 24), default=20, metavar="18..23",
-                      help="version of the ONNX operators (default: 20)")
-    int8 = parser.add_argument_group("int8, on the CPU")
-    int8.add_argument("--enable_dqm", action="store_true", help="dynamic: any model, activations rounded as they come")
-    int8.add_argument("--enable_qat", action="store_true", help="a model that was trained with --enable_qat")
+                      help="The version of the ONNX operators that the export uses (default: %(default)s).")
+    int8 = parser.add_argument_group("int8 in PyTorch, on the CPU")
+    int8.add_argument("--enable_dqm", action="store_true",
+                      help="Quantize dynamically: any model, with activations rounded as they come.")
+    int8.add_argument("--enable_qat", action="store_true",
+                      help="Evaluate in int8 a model that was trained with --enable_qat.")
     int8.add_argument("--enable_qat_fx", action="store_true",
-                      help="such a model as one compiled graph, which takes a minute to make")
-    int8.add_argument("--enable_diffq", action="store_true", help="the weights that --enable_diffq learned the bits of")
+                      help="Evaluate such a model as one compiled graph, which takes a minute to make.")
+    int8.add_argument("--enable_diffq", action="store_true",
+                      help="Evaluate the weights with the numbers of bits that train.py --enable_diffq learned.")
     machine = parser.add_argument_group("machine")
     add_device_flag(machine)
-    machine.add_argument("--num_threads", type=thread_count, default=0, help="(default: 0, the library's choice)")
+    machine.add_argument("--num_threads", type=thread_count, default=0,
+                         help="How many threads compute (default: 0, the library's choice).")
     args = parser.parse_args(argv)
-    if args.quantize_onnx and not (args.convert_onnx or args.enable_ort):
-        raise InputError("--quantize_onnx goes with --convert_onnx or with --enable_ort.")
-    if args.enable_ort and args.device not in (None, "cpu"):
-        raise InputError(f"--enable_ort runs on the cpu, not on --device={args.device}.")
-    way = int8_way(args)
-    for flag, given in (("enable_inference", args.enable_inference), ("input_path", args.input_path),
-                        ("convert_onnx", args.convert_onnx), ("quantize_onnx", args.quantize_onnx),
-                        (f"enable_{way}", way)):
-        if args.augmented and given:
-            raise InputError(f"--augmented labels encoded text in fp32; leave --{flag} out.")
-    if args.more_teachers and not args.augmented:
-        raise InputError("--more_teachers goes with --augmented.")
+    resolve(args)
     return args, None if args.config is None else load_config(args.config)
 
 
-def int8_way(args: argparse.Namespace) -> str | None:
-    """The way of quantization in PyTorch that the flags ask for: dqm, qat, qat_fx or diffq, or None.
+def resolve(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, and set `int8_mode` and `device` by the others."""
+    runtime = one_of(args, "enable_ort", "convert_onnx", "enable_dqm", "enable_qat", "enable_qat_fx", "enable_diffq")
+    if runtime not in (None, "convert_onnx") and args.device not in (None, "cpu"):
+        raise InputError(f"--{runtime} runs on the CPU; leave --device={args.device} out.")
+    if args.quantize_onnx and not (args.convert_onnx or args.enable_ort):
+        raise InputError("--quantize_onnx goes with --convert_onnx or with --enable_ort.")
+    if args.more_teachers and not args.augmented:
+        raise InputError("--more_teachers goes with --augmented.")
+    in_onnx = runtime in ("enable_ort", "convert_onnx")
+    args.int8_mode = runtime.removeprefix("enable_") if runtime and not in_onnx else None
+    args.device = "cpu" if runtime else args.device
+    for flag, given in (("enable_inference", args.enable_inference), ("input_path", args.input_path is not None),
+                        ("convert_onnx", args.convert_onnx), ("quantize_onnx", args.quantize_onnx),
+                        (f"enable_{args.int8_mode}", args.int8_mode)):
+        if args.augmented and given:
+            raise InputError(f"--augmented labels encoded text in fp32; leave --{flag} out.")
 
-    Two of them, one beside ONNX, or one on a GPU end the stage with exit status 2.
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+class TorchClassifier(TextClassifier):
+    """The model of a checkpoint: answers text by `predict`, as an exported one does.
+
+    Attributes:
+        model: token ids [B, T] and mask [B, T] to logits [B, C]; see model.Classifier.
+        checkpoint: the rest of the file's content.
+        device: where the model is.
     """
-    flag = one_of(args, "enable_ort", "convert_onnx", "enable_dqm", "enable_qat", "enable_qat_fx", "enable_diffq")
-    if flag in (None, "enable_ort", "convert_onnx"):
-        return None
-    if args.device not in (None, "cpu"):
-        raise InputError(f"--{flag} runs on the CPU; leave --device={args.device} out.")
-    args.device = "cpu"
-    return flag.removeprefix("enable_")
 
+    def __init__(self, model: Any, checkpoint: Any, device: Any) -> None:
+        run = checkpoint.run
+        super().__init__(run.labels, make_tokenizer(run.vocabulary, run.encoding))
+        self.model = model
+        self.checkpoint = checkpoint
+        self.device = device
 
-# ------------------------------------------------------------------------------------------------------- prediction
+    @classmethod
+    def load(cls, path: str | Path, device: str | None = None, data_dir: str | None = None,
+             int8_mode: str | None = None, batch_size: int = 1) -> Self:
+        """Open a checkpoint that train.py wrote.
 
+        Args:
+            device: None: cuda where there is one, else the CPU.
+            data_dir: where frozen word vectors are looked for first, before the folder of training.
+            int8_mode: how to quantize the model, see compression.quantization; None: it stays in fp32.
+            batch_size: of int8_mode qat_fx, the size of the largest batch to come.
 
-class Predictor(Protocol):
-    """A loaded model with what it needs to read text: TorchPredictor, or inference.OnnxClassifier."""
+        Raises:
+            InputError: no such file, a damaged one, or one whose word vectors are not there.
+        """
+        from cli.devices import choose_device, use_device
+        from compression.quantization import quantize
+        from model import load_classifier
+        from util import load_checkpoint
 
-    labels: Labels
-    tokenizer: Any
+        checkpoint = load_checkpoint(path)
+        where = choose_device(device)
+        use_device(where)
+        model: Any = load_classifier(checkpoint, [data_dir, checkpoint.run.flags["data_dir"]]).to(where).eval()
+        return cls(quantize(model, int8_mode, checkpoint, batch_size) if int8_mode else model, checkpoint, where)
 
     def logits(self, rows: Sequence[Any]) -> np.ndarray:
         """Logits [B, C] float32 of a batch of token id rows."""
-
-    def probabilities(self, rows: Sequence[Any]) -> np.ndarray:
-        """Class probabilities [B, C] of a batch of token id rows."""
-
-
-@dataclass
-class TorchPredictor:
-    """The model of a checkpoint."""
-
-    model: Any
-    tokenizer: Any
-    labels: Labels
-    device: Any
-
-    def logits(self, rows: Sequence[Any]) -> np.ndarray:
-        """Logits [B, C] float32 of a batch of token id rows."""
-        return self._logits(rows).cpu().numpy()
-
-    def probabilities(self, rows: Sequence[Any]) -> np.ndarray:
-        """Class probabilities [B, C] of a batch of token id rows."""
-        return self._logits(rows).softmax(-1).cpu().numpy()
-
-    def _logits(self, rows: Sequence[Any]) -> Any:
         import torch
 
         from dataset import pad
 
         with torch.inference_mode():
             batch = pad(rows).to(self.device)
-            return self.model(batch.input_ids, batch.attention_mask)
+            return self.model(batch.input_ids, batch.attention_mask).cpu().numpy()
 
 
-def load_torch(args: argparse.Namespace, config: dict[str, Any] | None,
-               way: str | None = None) -> tuple[TorchPredictor, RunInfo]:
-    """The model of MODEL_PATH, checked against the config where one is given, and its run.
+def load_model(args: argparse.Namespace, config: Config, path: str | None = None,
+               fp32: bool = False) -> tuple[TextClassifier, RunInfo]:
+    """The model that the flags name, checked against the config where one is given, and its run.
 
     Args:
-        way: of quantization, see `int8_way`; None: the model in fp32.
+        path: another file than the flags'.
+        fp32: leave --int8_mode out of account.
     """
-    import torch
+    path = path or model_file(args)
+    classifier: OnnxClassifier | TorchClassifier
+    if args.enable_ort:
+        classifier = load(path, args.num_threads)
+        run = RunInfo.from_json(classifier.metadata["run"], vocabulary=classifier.vocabulary)
+    else:
+        import torch
 
-    from cli.devices import choose_device
-    from model import load_classifier
-    from util import load_checkpoint
-
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    checkpoint = load_checkpoint(args.model_path)
-    check_same_model(args.model_path, config, checkpoint.run, args)
-    device = choose_device("cpu" if args.convert_onnx else args.device)
-    model: Any = load_classifier(checkpoint, [args.data_dir, checkpoint.run.flags["data_dir"]]).to(device).eval()
-    if way:
-        from compression.quantization import quantize
-
-        model = quantize(model, way, checkpoint, args.batch_size)
-    tokenizer = make_tokenizer(checkpoint.run.vocabulary, checkpoint.run.encoding)
-    return TorchPredictor(model, tokenizer, checkpoint.run.labels, device), checkpoint.run
-
-
-def load_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> tuple[Predictor, RunInfo]:
-    """The model of ONNX_PATH or QUANTIZED_ONNX_PATH, checked likewise, and what it says of itself."""
-    from sentence_classifier.classifier import load
-
-    classifier = load(model_file(args), args.num_threads)
-    run = RunInfo.from_json(classifier.metadata["run"], vocabulary=classifier.vocabulary)
-    check_same_model(model_file(args), config, run, args)
+        if args.num_threads:
+            torch.set_num_threads(args.num_threads)
+        classifier = TorchClassifier.load(path, args.device, args.data_dir, None if fp32 else args.int8_mode,
+                                          args.batch_size)
+        run = classifier.checkpoint.run
+    if config is not None:
+        check_same_config(config, args.config, run.config, path)
     return classifier, run
 
 
@@ -213,180 +230,203 @@ def model_file(args: argparse.Namespace) -> str:
     return args.quantized_onnx_path if args.quantize_onnx else args.onnx_path
 
 
-def check_same_model(path: str, config: dict[str, Any] | None, run: RunInfo,
-                     args: argparse.Namespace) -> None:
-    """Refuse a config of another model than the file's, and a --bert_output_dir that another run wrote.
+def check_same_run(args: argparse.Namespace, run: RunInfo) -> None:
+    """Refuse a --bert_output_dir that another run wrote. (The model's file itself holds all the weights.)"""
+    found = saved_fact(args.bert_output_dir, RUN_ID) if args.bert_output_dir else run.run_id
+    if found != run.run_id:
+        raise InputError(f"{args.bert_output_dir}: {f'of run {found}' if found else 'not written by train.py'}, and "
+                         f"{model_file(args)} is of run {run.run_id}; give the folder of the same run, or none.")
 
-    The file itself holds all the weights.
+
+def place_of(args: argparse.Namespace, beside: str | Path, ending: str) -> Path:
+    """Where a results file goes: beside another one, or into --output_dir under the same name.
+
+    Raises:
+        InputError: nothing can be written there; this is to be known before the work is done.
     """
-    if config is not None:
-        check_same_config(config, args.config, run.config, path)
-    if args.bert_output_dir:
-        from util import RUN_ID, saved_fact
-
-        found = saved_fact(args.bert_output_dir, RUN_ID)
-        if found != run.run_id:
-            raise InputError(f"{args.bert_output_dir}: {f'of run {found}' if found else 'not written by train.py'}, "
-                             f"and {path} is of run {run.run_id}; give the folder of the same run, or none.")
-
-
-def evaluate_encoded(predictor: Predictor, data: Any, batch_size: int, count: int) -> tuple[np.ndarray, list[float]]:
-    """Classify the first `count` encoded examples.
-
-    Returns:
-        Probabilities [N, C] in the file's order, and the seconds of each batch divided by its sentences.
-    """
-    order = np.arange(count)
-    if batch_size > 1:  # like lengths together; the answers go back to their places
-        order = np.argsort(-data.lengths[:count], kind="stable")
-    probabilities = np.zeros((count, len(predictor.labels)), dtype=np.float32)
-    seconds: list[float] = []
-    for start in tqdm(range(0, count, batch_size), unit="batch", disable=None):
-        places = order[start : start + batch_size]
-        begin = time.perf_counter()
-        probabilities[places] = predictor.probabilities(data.rows(places))
-        seconds += [(time.perf_counter() - begin) / len(places)] * len(places)
-    return probabilities, seconds
-
-
-def evaluate_raw(predictor: Predictor, sentences: list[str]) -> tuple[np.ndarray, list[float]]:
-    """Classify sentences one at a time. Returns as evaluate_encoded."""
-    rows, seconds = [], []
-    for sentence in tqdm(sentences, unit="sentence", disable=None):
-        begin = time.perf_counter()
-        rows.append(predictor.probabilities([predictor.tokenizer(sentence)])[0])
-        seconds.append(time.perf_counter() - begin)
-    return np.stack(rows), seconds
-
-
-def classify_lines(predictor: Predictor, args: argparse.Namespace) -> None:
-    """Answer each line of --input_path with a JSON object, in batches."""
-    lines = TsvReader(args.input_path, args.skip_bad_lines, labelled=False)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # JSON's, whatever the locale has
-    for sentences in _batches(lines, args.batch_size, args.num_examples):
-        probabilities = predictor.probabilities([predictor.tokenizer(sentence) for sentence in sentences])
-        for sentence, row in zip(sentences, probabilities, strict=True):
-            named = {name: round(float(p), 6) for name, p in zip(predictor.labels.names, row, strict=True)}
-            best = predictor.labels.names[int(row.argmax())]
-            print(json.dumps({"sentence": sentence, "label": best, "probability": named[best],
-                              "probabilities": named}, ensure_ascii=False))
-        sys.stdout.flush()
-    if lines.skipped:
-        logger.warning("[%s] %d bad lines were skipped", args.input_path, lines.skipped)
-
-
-def _batches(lines: TsvReader, size: int, limit: int) -> Iterator[list[str]]:
-    batch: list[str] = []
+    folder = Path(beside).parent if args.output_dir is None else Path(args.output_dir)
     try:
-        for example in islice(lines, limit or None):
-            batch.append(example.sentence)
-            if len(batch) == size:
-                yield batch
-                batch = []
-    except InputError:  # a bad line; those before it get their answers
-        if batch:
-            yield batch
-        raise
-    if batch:
-        yield batch
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}); name another folder with --output_dir."
+                         ) from None
+    return folder / f"{Path(beside).name}.{ending}"
 
 
-# ---------------------------------------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------------------------------------- convert
 
 
-def read_examples(path: Path, labels: Labels, skip_bad_lines: bool, limit: int) -> tuple[list[str], list[str], Any]:
-    """Sentences, labels as written, and class ids of a TSV file."""
-    parser = label_parser(path, labels)
+def convert(args: argparse.Namespace, config: Config) -> None:
+    """Write ONNX_PATH and, with --quantize_onnx, QUANTIZED_ONNX_PATH."""
+    from compression import onnx_export
+
+    classifier, run = load_model(args, config)
+    assert isinstance(classifier, TorchClassifier)
+    check_same_run(args, run)
+    folder = Path(args.data_dir or run.flags["data_dir"])
+    onnx_export.convert(classifier.model, classifier.checkpoint, folder, args.onnx_path,
+                        args.quantized_onnx_path if args.quantize_onnx else None, args.onnx_opset, args.num_threads,
+                        args.quantized_onnx_mb)
+
+
+# ------------------------------------------------------------------------------------------------------------ answer
+
+
+def answer(args: argparse.Namespace, config: Config) -> None:
+    """Answer each line of --input_path with a JSON object."""
+    classifier, run = load_model(args, config)
+    check_same_run(args, run)
+    answer_lines(classifier, SentenceReader(args.input_path, args.skip_bad_lines), args.batch_size, args.num_examples)
+
+
+# ----------------------------------------------------------------------------------------------------------- measure
+
+
+def measure(args: argparse.Namespace, config: Config) -> None:
+    """Classify test.txt, log how well and how fast, and write predictions, results and the confusion matrix."""
+    classifier, run = load_model(args, config)
+    check_same_run(args, run)
+    source = Path(args.data_dir or run.flags["data_dir"]) / "test.txt"
+    predictions_path = place_of(args, source, "inference" if args.enable_inference else "pred")
+    results_path, picture_path = (place_of(args, model_file(args), end) for end in ("test.json", "confusion.png"))
+
+    if args.enable_inference:
+        sentences, written, targets = read_examples(source, classifier.labels, args.skip_bad_lines, args.num_examples)
+        probabilities, seconds = classify_raw(classifier, sentences)
+    else:
+        from dataset import EncodedData, check_same_data
+
+        data = EncodedData(source.with_name(f"{source.name}.{run.encoding.kind}"))
+        check_same_data(data, run, model_file(args))
+        sentences, written, targets = read_examples(source, classifier.labels, data.encoding.skip_bad_lines,
+                                                    args.num_examples)
+        if not np.array_equal(data.class_ids()[: args.num_examples or None], targets):
+            raise InputError(f"{data.path}: its sentences are not those of {source}; run preprocess.py again.")
+        probabilities, seconds = classify_encoded(classifier, data, args.batch_size, len(sentences))
+    predictions = probabilities.argmax(1)
+    timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
+    compared: dict[str, float] = {}
+    if args.int8_mode:
+        fp32 = load_model(args, config, fp32=True)[0]
+        expected = (classify_raw(fp32, sentences) if args.enable_inference
+                    else classify_encoded(fp32, data, 64, len(sentences)))[0]
+        compared = compare_with_fp32(predictions, expected.argmax(1), targets)
+
+    report = EvaluationReport.of(targets, predictions, classifier.labels.names, written)
+    if report.unknown:
+        logger.warning("[%s] %d of %d sentences have a label that train.txt lacks (%s); they count as errors", source,
+                       report.unknown.total(), report.count, clip(
+                           ", ".join(f"{name} {count}" for name, count in report.unknown.most_common()), 200))
+    write_predictions(predictions_path, sentences, written, [classifier.labels.names[i] for i in predictions])
+    flags = {key: value for key, value in vars(args).items() if key != "command"}
+    write_json({**report.to_json(), **compared, "timing": timing, "flags": flags, "run_id": run.run_id,
+                "config": run.config, "git_revision": git_revision(), "versions": versions(),
+                "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command}, results_path)
+    draw_confusion(report, picture_path)
+    print("\n".join(report.lines()), flush=True)
+    logger.info("[macro F1] : %.4f", report.macro_f1)
+    logger.info(f"[Accuracy] : {report.accuracy:.4f}, {report.correct:5d}/{report.count:5d}")
+    if args.enable_inference:
+        logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms",
+                    timing["total_ms"] - timing["warm_up_ms"], timing["mean_ms"])
+    else:
+        logger.info("[Elapsed Time] : %dms, %sms on average", timing["total_ms"], timing["mean_ms"])
+
+
+def read_examples(path: Path, labels: Labels, skip_bad_lines: bool,
+                  limit: int) -> tuple[list[str], list[str], np.ndarray]:
+    """Sentences, labels as written, and class ids [N] of a TSV file; UNKNOWN_LABEL for a label that train.txt lacks."""
+    parser = label_parser(path, labels, unknown_allowed=True)
     sentences, written, targets = [], [], []
 
-    def parse(label: str) -> Any:
+    def parse(label: str) -> tuple[str, int]:
         target = parser(label)
-        return label, int(np.argmax(target)) if parser.logits else target
+        return label, target if isinstance(target, int) else int(np.argmax(target))
 
-    for example in TsvReader(path, skip_bad_lines, parse_label=parse):
+    for example in islice(TsvReader(path, skip_bad_lines, parse_label=parse), limit or None):
         sentences.append(example.sentence)
         written.append(example.label[0])
         targets.append(example.label[1])
-        if len(sentences) == limit:
-            break
     return sentences, written, np.array(targets)
 
 
-def compare(predictions: np.ndarray, whole: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Log how int8's answers differ from those of fp32, `whole`, and return the figures."""
-    changed, accuracy = float((predictions != whole).mean()), float((whole == targets).mean())
+def classify_encoded(classifier: TextClassifier, data: EncodedData, batch_size: int,
+                     count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classify the first `count` encoded examples.
+
+    Returns:
+        Probabilities [N, C] in the file's order, and the seconds [N] of each batch divided by its sentences.
+    """
+    lengths = data.lengths[:count]
+    batches = [np.array([place]) for place in range(count)] if batch_size == 1 else list(by_length(lengths, batch_size))
+    probabilities = np.zeros((count, len(classifier.labels)), dtype=np.float32)
+    seconds: list[float] = []
+    for places in tqdm(batches, unit="batch", disable=None):
+        begin = time.perf_counter()
+        probabilities[places] = classifier.probabilities(data.rows(places))
+        seconds += [(time.perf_counter() - begin) / len(places)] * len(places)
+    return probabilities, np.array(seconds)
+
+
+def classify_raw(classifier: TextClassifier, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Classify sentences one at a time. Returns as classify_encoded."""
+    probabilities, seconds = [], []
+    for sentence in tqdm(sentences, unit="sentence", disable=None):
+        begin = time.perf_counter()
+        probabilities.append(classifier.probabilities([classifier.tokenizer(sentence)])[0])
+        seconds.append(time.perf_counter() - begin)
+    return np.stack(probabilities), np.array(seconds)
+
+
+def compare_with_fp32(predictions: np.ndarray, fp32_predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Log how the answers of int8 differ from those of fp32, and return the figures."""
+    changed, accuracy = float((predictions != fp32_predictions).mean()), float((fp32_predictions == targets).mean())
     lost = accuracy - float((predictions == targets).mean())
     logger.log(logging.WARNING if lost > 0.005 else logging.INFO, "[int8] %.2f %% of the predictions differ from "
                "those of fp32, whose accuracy is %.4f (%.2f points lost)", 100 * changed, accuracy, 100 * lost)
     return {"changed": changed, "fp32_accuracy": accuracy}
 
 
-def write_predictions(path: Path, sentences: list[str], written: list[str], predicted: list[str]) -> None:
-    """Write sentence TAB label TAB prediction."""
-    with atomic_write(path) as file:
-        for row in zip(sentences, written, predicted, strict=True):
-            file.write("\t".join(row) + "\n")
+# ------------------------------------------------------------------------------------------------------------- label
 
 
-def report(targets: np.ndarray, predictions: np.ndarray, labels: Labels, picture: str) -> dict[str, Any]:
-    """Print the per-class report and the confusion matrix, draw it, and return the figures."""
-    from sklearn.metrics import classification_report, confusion_matrix
+def label(args: argparse.Namespace, config: Config) -> None:
+    """Write augmented.raw.pred: the mean of the teachers' logits for each sentence of augmented.raw."""
+    from dataset import EncodedData, check_same_data
 
-    ids = list(range(len(labels)))
-    matrix = confusion_matrix(targets, predictions, labels=ids)
-    common = {"labels": ids, "target_names": labels.names, "zero_division": 0.0}
-    print(classification_report(targets, predictions, digits=4, **common))
-    print("confusion matrix (rows: the label, columns: the prediction)")
-    width = max(5, len(str(matrix.max())) + 1)
-    for name, row in zip(labels.names, matrix, strict=True):
-        print("".join(f"{cell:>{width}}" for cell in row), name)
-    draw_confusion(matrix, labels, picture)
-    figures = classification_report(targets, predictions, output_dict=True, **common)
-    return {"macro_f1": figures["macro avg"]["f1-score"], "confusion_matrix": matrix.tolist(),
-            "per_class": {name: figures[name] for name in labels.names}}
+    classifier, run = load_model(args, config)
+    check_same_run(args, run)
+    data = EncodedData(Path(args.data_dir or run.flags["data_dir"]) / f"augmented.raw.{run.encoding.kind}")
+    target = place_of(args, data.source, "pred")
+    paths = [model_file(args), *args.more_teachers]
+    teachers: dict[str, tuple[str, TextClassifier]] = {}  # by their run
+    for path in paths:
+        teacher, found = (classifier, run) if not teachers else load_model(args, config, path)
+        check_same_data(data, found, path)
+        if isinstance(teacher, OnnxClassifier) and teacher.metadata.get("int8"):
+            raise InputError(f"{path}: an int8 file; a teacher's logits are those of fp32, of the file that "
+                             "--convert_onnx writes without --quantize_onnx, or of --model_path.")
+        if found.run_id in teachers:
+            raise InputError(f"--more_teachers: {path} and {teachers[found.run_id][0]} are of the same run.")
+        teachers[found.run_id] = (path, teacher)
 
+    def mean_logits(rows: list[np.ndarray]) -> np.ndarray:
+        total = reduce(np.add, (teacher.logits(rows) for _, teacher in teachers.values()))  # sum() would lose -0.0
+        return total / len(teachers)
 
-def draw_confusion(matrix: np.ndarray, labels: Labels, path: str) -> None:
-    """Draw the confusion matrix, shaded by the share of each label's sentences."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = min(24.0, 3.0 + 0.6 * len(labels))
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels.names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
-    axes.set_yticks(range(len(labels)), labels.names, parse_math=False)
-    axes.set_xlabel("prediction")
-    axes.set_ylabel("label")
-    axes.set_title(f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.4f}")
-    if len(labels) <= 40:
-        for row, column in np.ndindex(*matrix.shape):
-            if matrix[row, column]:
-                axes.text(column, row, str(matrix[row, column]), ha="center", va="center",
-                          color="white" if share[row, column] > 0.5 else "black")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's sentences")
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    runs = list(teachers)
+    said = {"run_ids": runs, "model_paths": paths} if args.more_teachers else {"run_id": runs[0],
+                                                                               "model_path": paths[0]}
+    begin = time.perf_counter()
+    label_text(data, target, classifier.labels, mean_logits, args.batch_size, args.num_examples, said)
+    logger.info("[wrote %s] logits of run %s, in %.1f s", target, ", ".join(runs), time.perf_counter() - begin)
 
 
-def time_figures(seconds: list[float], batch_size: int) -> dict[str, float]:
-    """Milliseconds a sentence without the first batch, which warms up."""
-    rest = 1000 * np.array(seconds[batch_size:] or seconds)
-    return {"total_ms": 1000 * float(np.sum(seconds)), "mean_ms": float(rest.mean()),
-            "median_ms": float(np.median(rest)), "p95_ms": float(np.percentile(rest, 95))}
-
-
-# ----------------------------------------------------------------------------------------------------------- label
-
-
-def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndarray]], np.ndarray], batch_size: int,
-               limit: int, teacher: dict[str, Any]) -> Path:
-    """Write `SOURCE.pred` beside the text SOURCE that `data` encodes: sentence TAB logits, and its record.
+def label_text(data: EncodedData, target: Path, labels: Labels, logits: Callable[[list[np.ndarray]], np.ndarray],
+               batch_size: int, limit: int, teacher: dict[str, Any]) -> None:
+    """Write sentence TAB logits for the text that `data` encodes to `target`, and beside it which logits these are.
 
     Memory does not grow with the file: some thousand lines at a time are put into batches of like length, and their
     answers into the order of the lines. Each number is the shortest that single precision reads back as the same.
@@ -395,22 +435,18 @@ def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndar
         labels: the teacher's.
         logits: token id rows to logits [B, C] float32.
         limit: only the first so many sentences; 0: all.
-        teacher: who it is, for the record.
+        teacher: what is said of it beside the file.
 
     Raises:
         InputError: a logit is not finite.
     """
-    target = data.source.with_name(f"{data.source.name}.pred")
     lines = TsvReader(data.source, data.encoding.skip_bad_lines,
-                  parse_label=label_parser(data.source, labels, data.encoding.dummy_label))
+                      parse_label=label_parser(data.source, labels, data.encoding.dummy_label))
     begin = 0
     with atomic_write(target) as file:
         for examples in chunks(islice(progress(lines), limit or None), 8192, 1 << 22):
-            lengths = data.lengths[begin : begin + len(examples)]
-            order = np.argsort(-lengths, kind="stable")
             answers = np.empty((len(examples), len(labels)), dtype=np.float32)
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
+            for places in by_length(data.lengths[begin : begin + len(examples)], batch_size):
                 answers[places] = logits(data.rows(begin + places))
             for example, row in zip(examples, answers, strict=True):
                 if not np.isfinite(row).all():
@@ -419,117 +455,25 @@ def label_text(data: EncodedData, labels: Labels, logits: Callable[[list[np.ndar
                 file.write(f"{example.sentence}\t{' '.join(map(str, row))}\n")
             begin += len(examples)
     write_logits_info(target, list(labels.names), teacher=teacher,
-                 source={"file": data.source.name, "sha256": data.encoding.source_sha256})
-    return target
+                      source={"file": data.source.name, "sha256": data.encoding.source_sha256})
 
 
-# ------------------------------------------------------------------------------------------------------------- main
-
-
-def convert_onnx(args: argparse.Namespace, config: dict[str, Any] | None) -> None:
-    """Write ONNX_PATH and, with --quantize_onnx, QUANTIZED_ONNX_PATH."""
-    from compression.onnx_export import convert
-    from util import load_checkpoint
-
-    predictor, run = load_torch(args, config)
-    checkpoint = load_checkpoint(args.model_path)
-    folder = Path(args.data_dir or run.flags["data_dir"])
-    int8_path = args.quantized_onnx_path if args.quantize_onnx else None
-    convert(predictor.model, checkpoint, folder, args.onnx_path, int8_path, args.onnx_opset, args.num_threads,
-            args.quantized_onnx_mb)
-
-
-def label_augmented(predictor: Predictor, run: RunInfo, args: argparse.Namespace,
-                    config: dict[str, Any] | None, folder: Path) -> None:
-    """Write augmented.raw.pred."""
-    from dataset import EncodedData, check_same_data
-
-    def check(teacher: Predictor, found: RunInfo, path: str) -> None:
-        check_same_data(data, found, path)
-        if getattr(teacher, "metadata", {}).get("int8"):
-            raise InputError(f"{path}: an int8 file; a teacher's logits are those of fp32, of the file that "
-                             "--convert_onnx writes without --quantize_onnx, or of --model_path.")
-
-    data = EncodedData(folder / f"augmented.raw.{run.encoding.kind}")
-    check(predictor, run, model_file(args))
-    teachers = {run.run_id: (model_file(args), predictor)}
-    for path in args.more_teachers:
-        own = argparse.Namespace(**{**vars(args), "model_path": path, "onnx_path": path, "bert_output_dir": None})
-        other, found = load_onnx(own, config) if args.enable_ort else load_torch(own, config)
-        check(other, found, path)
-        if found.run_id in teachers:
-            raise InputError(f"--more_teachers: {path} and {teachers[found.run_id][0]} are of the same run.")
-        teachers[found.run_id] = (path, other)
-
-    def mean_logits(rows: list[np.ndarray]) -> np.ndarray:
-        total = reduce(np.add, (teacher.logits(rows) for _, teacher in teachers.values()))  # sum() would lose -0.0
-        return total / len(teachers)
-
-    runs, paths = list(teachers), [path for path, _ in teachers.values()]
-    said = ({"run_ids": runs, "model_paths": paths} if args.more_teachers
-            else {"run_id": runs[0], "model_path": paths[0]})
-    begin = time.perf_counter()
-    target = label_text(data, predictor.labels, mean_logits, args.batch_size, args.num_examples, said)
-    logger.info("[wrote %s] logits of run %s, in %.1f s", target, ", ".join(runs), time.perf_counter() - begin)
+# -------------------------------------------------------------------------------------------------------------- main
 
 
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
-    """Run the stage."""
+    """Run the stage: one of its four jobs."""
     args, config = get_params(argv)
-
-    from util import git_revision, setup_logging, versions, write_json
-
     setup_logging()
     if args.convert_onnx:
-        convert_onnx(args, config)
-        return
-    way = int8_way(args)
-    predictor, run = load_onnx(args, config) if args.enable_ort else load_torch(args, config, way)
-    folder = Path(args.data_dir or run.flags["data_dir"])
-    if args.input_path is not None:
-        classify_lines(predictor, args)
-        return
-    if args.augmented:
-        label_augmented(predictor, run, args, config, folder)
-        return
-
-    path, source = model_file(args), folder / "test.txt"
-    if args.enable_inference:
-        sentences, written, targets = read_examples(source, predictor.labels, args.skip_bad_lines, args.num_examples)
-        probabilities, seconds = evaluate_raw(predictor, sentences)
+        convert(args, config)
+    elif args.input_path is not None:
+        answer(args, config)
+    elif args.augmented:
+        label(args, config)
     else:
-        from dataset import EncodedData, check_same_data
-
-        data = EncodedData(folder / f"test.txt.{run.encoding.kind}")
-        check_same_data(data, run, path)
-        sentences, written, targets = read_examples(source, predictor.labels, data.encoding.skip_bad_lines,
-                                                    args.num_examples)
-        probabilities, seconds = evaluate_encoded(predictor, data, args.batch_size, len(sentences))
-    predictions = probabilities.argmax(1)
-    correct = int((predictions == targets).sum())
-    compared = {}
-    if way:
-        plain, _ = load_torch(args, config)
-        whole = evaluate_raw(plain, sentences)[0] if args.enable_inference else evaluate_encoded(
-            plain, data, 64, len(sentences))[0]
-        compared = compare(predictions, whole.argmax(1), targets)
-    timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
-
-    figures = report(targets, predictions, predictor.labels, f"{path}.confusion.png")
-    logger.info("[macro F1] : %.4f", figures["macro_f1"])
-    logger.info(f"[Accuracy] : {correct / len(targets):.4f}, {correct:5d}/{len(targets):5d}")
-    if args.enable_inference:
-        logger.info("[Elapsed Time(total_duration_time, average)] : %sms, %sms", timing["total_ms"], timing["mean_ms"])
-    else:
-        logger.info("[Elapsed Time] : %dms, %sms on average", timing["total_ms"], timing["mean_ms"])
-    target = source.with_name(f"{source.name}.{'inference' if args.enable_inference else 'pred'}")
-    write_predictions(target, sentences, written, [predictor.labels.names[i] for i in predictions])
-    write_json({"accuracy": correct / len(targets), "correct": correct, "examples": len(targets), **figures,
-                **compared, "timing": timing, "flags": vars(args), "run_id": run.run_id,
-                "config": run.config, "git_revision": git_revision(), "versions": versions(),
-                "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(["evaluate.py", *sys.argv[1:]])},
-               f"{path}.test.json")
+        measure(args, config)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 import uuid
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -41,6 +42,9 @@ CHECKPOINT_FORMAT = 2
 # In a saved transformer's config.json: the run that it belongs to, and what that was trained from.
 RUN_ID, IDENTITY = "classifier_run_id", "classifier_identity"
 ROOT = Path(__file__).resolve().parent
+# For labels in pictures: Chinese, Japanese and Korean; other scripts; signs.
+FONTS = ("Noto Sans CJK JP", "NanumGothic", "Apple SD Gothic Neo", "Malgun Gothic", "Arial Unicode MS",
+         "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Segoe UI Symbol", "Noto Emoji", "Symbola")
 
 
 def setup_logging(log_path: str | None = None) -> None:
@@ -52,7 +56,7 @@ def setup_logging(log_path: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO if main else logging.WARNING)
     if log_path and main:
         try:
-            handler = logging.FileHandler(log_path, encoding="utf-8")
+            handler = logging.FileHandler(log_path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise InputError(f"{log_path}: cannot be written ({error.strerror}).") from None
         handler.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s:%(name)s:%(message)s"))
@@ -228,19 +232,27 @@ def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
 
 @contextlib.contextmanager
 def picture(path: str | os.PathLike[str], rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
-    """Draw a PNG file that appears whole: yields matplotlib's figure and its axes, as pyplot.subplots returns them."""
+    """Draw a PNG file that appears whole: yields matplotlib's figure and its axes, as pyplot.subplots returns them.
+
+    Text in a script that matplotlib's own font lacks is drawn with one of FONTS, where one is installed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.font_manager import fontManager
 
-    figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
-    try:
-        yield figure, axes
-        with atomic_write(path, "wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-    finally:
-        plt.close(figure)
+    installed = {font.name for font in fontManager.ttflist}
+    families = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
+        try:
+            yield figure, axes
+            with atomic_write(path, "wb") as file:
+                figure.savefig(file, format="png", dpi=120)
+        finally:
+            plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------ the machine
@@ -454,8 +466,10 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):  # torch's own message is about options of torch.save
         raise InputError(f"{path}: not a whole checkpoint of this toolkit (no zip archive, or a truncated one).")
     try:
-        # Memory-mapped: an identity can be read without reading the weights.
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Memory-mapped: an identity can be read without reading the weights. Torch wants a path that is text for it.
+        mapped = str(path).isprintable()
+        with open(path, "rb") as file:
+            found = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen kinds for a damaged zip; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole checkpoint of this toolkit ({reason}).") from None
@@ -477,7 +491,10 @@ def saved_fact(folder: str | os.PathLike[str], key: str) -> Any:
 
 
 def write_json(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a results file."""
-    with atomic_write(path) as file:
-        json.dump(record, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    """Write a results file.
+
+    In a path that is not text, the bytes that are none become JSON's escapes and are read back as they were.
+    """
+    content = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path, "wb") as file:
+        file.write(content.encode("utf-8", "backslashreplace"))

@@ -310,8 +310,8 @@ def write(graph: onnx.ModelProto, metadata: dict[str, Any], vocabulary: str, pat
     made = onnx.ModelProto()
     made.CopyFrom(graph)
     del made.metadata_props[:]
-    onnx.helper.set_model_props(made, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False),
-                                       VOCABULARY_KEY: vocabulary})
+    said = json.dumps(metadata)  # in ASCII: a path may hold bytes that are no text
+    onnx.helper.set_model_props(made, {METADATA_KEY: said, VOCABULARY_KEY: vocabulary})
     content = made.SerializeToString()
     with atomic_write(path, "wb") as file:
         file.write(content)

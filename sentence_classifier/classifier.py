@@ -1,10 +1,4 @@
-"""Classify sentences with an exported model: ONNX Runtime, numpy and tokenizers are all that this file needs.
-
-    from sentence_classifier.classifier import load
-
-    classifier = load("pytorch-model.onnx")
-    classifier.predict("play some jazz").label
-    classifier.predict(["play some jazz", "will it rain"])
+"""An exported model on ONNX Runtime, and what every loaded model has in common: `predict`.
 
 `evaluate.py --convert_onnx` writes the file. It carries all that its use needs (labels, tokenizer or vocabulary, n_ctx,
 lowercase), so that neither the checkpoint nor the data need be there.
@@ -14,17 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
-import onnxruntime
 
+from sentence_classifier.batches import by_length, pad
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from sentence_classifier.processor import has_vnni
-from sentence_classifier.tokenizers import TokenizerInfo, make_tokenizer
+from sentence_classifier.tokenizers import Tokenizer, TokenizerInfo, make_tokenizer
+
+if TYPE_CHECKING:  # most scripts read this module and open no .onnx file
+    import onnxruntime
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +48,14 @@ def make_session(model: str | bytes, num_threads: int = 0) -> onnxruntime.Infere
         model: a file's path, or its content.
         num_threads: 0 leaves the choice to ONNX Runtime.
     """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised, too
-    # export.fuse has optimized the graph already: a start need not do it again.
+    # onnx_export.fuse has optimized the graph already: a start need not do it again.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = num_threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def pad(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, T] int64, 0 at pad positions, and the mask [B, T], True at real tokens."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, dtype=np.int64)
-    ids[mask] = np.concatenate(rows)
-    return ids, mask
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -73,23 +64,92 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(1, keepdims=True)
 
 
-class OnnxClassifier:
-    """A loaded .onnx file.
+class TextClassifier(ABC):
+    """A loaded model that answers text: OnnxClassifier, or evaluate.TorchClassifier for a checkpoint.
 
     Attributes:
-        metadata: what the file says of itself; compression.onnx_export writes it.
         labels: the label map.
         tokenizer: from a sentence to its token ids.
     """
 
+    def __init__(self, labels: Labels, tokenizer: Tokenizer) -> None:
+        self.labels = labels
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def logits(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Logits [B, C] float32 of a batch of token id rows, each of at least one token."""
+
+    def probabilities(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+        """Class probabilities [B, C] of a batch of token id rows."""
+        return softmax(self.logits(rows))
+
+    @overload
+    def predict(self, texts: str, batch_size: int = 32) -> Prediction: ...
+    @overload
+    def predict(self, texts: list[str] | tuple[str, ...], batch_size: int = 32) -> list[Prediction]: ...
+
+    def predict(self, texts: str | Iterable[str], batch_size: int = 32) -> Prediction | list[Prediction]:
+        """Classify one sentence or many.
+
+        A sentence without words (an empty one, or one of blanks) is answered like an unknown word by word models, and
+        by its special tokens alone by transformers.
+
+        Args:
+            texts: a sentence, or sentences; many are computed in batches of like length and answered in their order.
+            batch_size: sentences a batch.
+
+        Raises:
+            ValueError: a batch size below 1; texts that is neither a string nor strings; or a string that cannot be
+                encoded, for it holds half of a surrogate pair. The message names the sentence, counted from 1.
+        """
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, and a whole number of at least 1 is needed.")
+        if isinstance(texts, str):
+            _check_sentence(texts, 1)
+            return self._answer(self.probabilities([self.tokenizer(texts)])[0])
+        if not isinstance(texts, Iterable) or isinstance(texts, bytes | bytearray):
+            raise ValueError(f"texts is of type {type(texts).__name__}, and a string or a list of strings is needed.")
+        sentences = list(texts)
+        for number, sentence in enumerate(sentences, 1):
+            _check_sentence(sentence, number)
+        rows = [row for row, _ in self.tokenizer.tokenize_batch(sentences)]
+        answers: dict[int, Prediction] = {}
+        for places in by_length([len(row) for row in rows], batch_size):
+            answers |= zip(places, map(self._answer, self.probabilities([rows[place] for place in places])),
+                           strict=True)
+        return [answers[place] for place in range(len(rows))]
+
+    def _answer(self, row: np.ndarray) -> Prediction:
+        named = dict(zip(self.labels.names, row.tolist(), strict=True))
+        best = self.labels.names[int(row.argmax())]
+        return Prediction(best, named[best], named)
+
+
+def _check_sentence(sentence: object, number: int) -> None:
+    if not isinstance(sentence, str):
+        raise ValueError(f"sentence {number} is of type {type(sentence).__name__}, and a string is needed.")
+    try:
+        sentence.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"sentence {number}: {error}.") from None
+
+
+class OnnxClassifier(TextClassifier):
+    """A loaded .onnx file.
+
+    Attributes:
+        metadata: what the file says of itself; compression.onnx_export writes it.
+        vocabulary: the content of the vocabulary's file.
+    """
+
     def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, Any], vocabulary: str) -> None:
+        encoding = metadata["run"]["encoding"]
+        info = TokenizerInfo.from_json(encoding)
+        super().__init__(Labels(tuple(encoding["labels"])), make_tokenizer(vocabulary, info))
         self.session = session
         self.metadata = metadata
         self.vocabulary = vocabulary
-        encoding = metadata["run"]["encoding"]
-        info = TokenizerInfo.from_json(encoding)
-        self.labels = Labels(tuple(encoding["labels"]))
-        self.tokenizer = make_tokenizer(vocabulary, info)
         # Such a file measures activation scales on arrival, those of a whole batch: so each sentence is answered alone.
         self._alone = "int8" in metadata and not metadata["int8"].get("batch_invariant", False)
         self._ones = np.ones((1, max(1, info.n_ctx)), dtype=bool)
@@ -105,57 +165,14 @@ class OnnxClassifier:
             ids, mask = pad(rows)
         return self.session.run([OUTPUT], {INPUTS[0]: ids, INPUTS[1]: mask})[0]
 
-    def probabilities(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-        """Class probabilities [B, C] of a batch of token id rows."""
-        return softmax(self.logits(rows))
 
-    @overload
-    def predict(self, texts: str, batch_size: int = 32) -> Prediction: ...
-    @overload
-    def predict(self, texts: list[str], batch_size: int = 32) -> list[Prediction]: ...
-
-    def predict(self, texts: str | list[str], batch_size: int = 32) -> Prediction | list[Prediction]:
-        """Classify one sentence or many.
-
-        Args:
-            texts: a sentence, or sentences; many are computed in batches of like length and answered in their order.
-            batch_size: sentences a batch.
-
-        Raises:
-            ValueError: a batch size below 1, or text that a transformer's tokenizer cannot read (half of a surrogate
-                pair).
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, and at least 1 is needed.")
-        try:
-            if isinstance(texts, str):
-                return self._answer(self.probabilities([self.tokenizer(texts)])[0])
-            rows = [row for row, _ in self.tokenizer.tokenize_batch(texts)]
-        except TypeError:  # what tokenizers raises for such text, without saying which
-            _check_text([texts] if isinstance(texts, str) else texts)
-            raise
-        if not rows:
-            return []
-        order = np.argsort([-len(row) for row in rows], kind="stable")
-        answers: list[Any] = [None] * len(rows)
-        for start in range(0, len(rows), batch_size):
-            places = order[start : start + batch_size]
-            for place, row in zip(places, self.probabilities([rows[i] for i in places]), strict=True):
-                answers[place] = self._answer(row)
-        return answers
-
-    def _answer(self, row: np.ndarray) -> Prediction:
-        named = dict(zip(self.labels.names, row.tolist(), strict=True))
-        best = self.labels.names[int(row.argmax())]
-        return Prediction(best, named[best], named)
-
-
-def _check_text(sentences: list[str]) -> None:
-    for number, sentence in enumerate(sentences, 1):
-        try:
-            sentence.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"sentence {number}: {error}.") from None
+def _readable(path: str) -> str | bytes:
+    """The path, or where it is not text, which is what ONNX Runtime takes, the file's content."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(path).read_bytes()
+    return path
 
 
 def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
@@ -171,7 +188,7 @@ def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; evaluate.py --convert_onnx writes it.")
     try:
-        session = make_session(str(path), num_threads)
+        session = make_session(_readable(str(path)), num_threads)
     except Exception as error:  # onnxruntime raises a dozen kinds for a damaged file; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole ONNX file that ONNX Runtime can use ({reason}).") from None

@@ -1,10 +1,8 @@
-"""Errors that are the user's or the disk's, said in one sentence.
-
-Nothing here or in files.py and text.py needs torch, so that `--help`, bad input and raw-text inference answer at once.
-"""
+"""Errors that are the user's or the disk's, and how a script answers them: with one sentence and exit status 2."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Protocol
@@ -36,10 +34,23 @@ class Main(Protocol):
     def __call__(self, argv: list[str] | None = None) -> None: ...
 
 
+def print_anything() -> None:
+    """Make standard output and standard error take any text, whatever encoding the console or the pipe has.
+
+    Into files and pipes text goes in UTF-8, unless PYTHONIOENCODING names another encoding. What an encoding lacks, and
+    the bytes of a path that are not text, are printed as escapes, such as \\ub178.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            named = stream.isatty() or os.environ.get("PYTHONIOENCODING")
+            stream.reconfigure(encoding=None if named else "utf-8", errors="backslashreplace")
+
+
 def fail_cleanly(main: Main) -> Main:
     """Decorate a stage's `main`: what the user handed in, or the disk, ends it with a sentence and exit status 2."""
 
     def wrapped(argv: list[str] | None = None) -> None:
+        print_anything()
         try:
             main(argv)
         except KeyboardInterrupt:
@@ -52,6 +63,12 @@ def fail_cleanly(main: Main) -> Main:
                 f"{error.filename or 'writing a file'}: {error.strerror}."
             )
             print(f"error: {said}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except UnicodeEncodeError as error:
+            if error.encoding == "utf-8":
+                raise
+            print(f"error: {error.object}: this system's encoding of paths, {error.encoding}, lacks some of these "
+                  "characters; set the environment variable PYTHONUTF8=1.", file=sys.stderr)
             raise SystemExit(2) from None
 
     wrapped.__doc__ = main.__doc__

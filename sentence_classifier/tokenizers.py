@@ -47,8 +47,8 @@ def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable
         lowercase: fold the sentence to lower case first.
     """
     split = WORD_TOKENIZERS[name]
-    if lowercase:
-        return lambda sentence: split(normalize(sentence).lower())
+    if lowercase:  # which may leave the normal form: the small letter of J with a caron is one character, J's is two
+        return lambda sentence: split(normalize(normalize(sentence).lower()))
     return lambda sentence: split(normalize(sentence))
 
 
@@ -103,6 +103,8 @@ class TokenizerInfo:
 class WordTokenizer:
     """From sentences to the ids of their words: what the GloVe models read.
 
+    A sentence without words becomes one unknown word: every model reads at least one.
+
     Args:
         vocabulary: the words, a line each, <pad> and <unk> first.
         info: in augmented text a [MASK] is an unknown word, whatever the tokenizer would make of it.
@@ -120,13 +122,17 @@ class WordTokenizer:
 
     def __call__(self, sentence: str) -> list[int]:
         """Word ids, at most n_ctx of them; 1 for an unknown word."""
-        return [self.ids.get(word, 1) for word in self.split(sentence)[: self.n_ctx]]
+        return [self.ids.get(word, 1) for word in self.split(sentence)[: self.n_ctx]] or [self.unknown]
 
     def tokenize_batch(self, sentences: list[str]) -> list[tuple[list[int], int]]:
         """The ids of each sentence, and how many it would have without truncation."""
-        rows = [self._masked(sentence) if self.masks and MASK in sentence else
-                [self.ids.get(word, 1) for word in self.split(sentence)] for sentence in sentences]
+        rows = [self._words(sentence) or [self.unknown] for sentence in sentences]
         return [(row[: self.n_ctx], len(row)) for row in rows]
+
+    def _words(self, sentence: str) -> list[int]:
+        if self.masks and MASK in sentence:
+            return self._masked(sentence)
+        return [self.ids.get(word, 1) for word in self.split(sentence)]
 
     def _masked(self, sentence: str) -> list[int]:
         ids: list[int] = []

@@ -19,7 +19,7 @@ from typing import Any
 
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels, normalize_label
-from util import atomic_write, open_input, sha256
+from util import atomic_write, open_input, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +157,8 @@ def write_logits_info(path: str | os.PathLike[str], labels: list[str], **more: A
         more: where the logits come from (teacher, source); plain data.
     """
     checksum = sha256(path)
-    with atomic_write(_info_path(path, checksum)) as file:
-        json.dump({"format": INFO_FORMAT, "sha256": checksum, "file": Path(path).name, "labels": labels, **more,
-                   "date": time.strftime("%Y-%m-%d %H:%M:%S")}, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    write_json({"format": INFO_FORMAT, "sha256": checksum, "file": Path(path).name, "labels": labels, **more,
+                "date": time.strftime("%Y-%m-%d %H:%M:%S")}, _info_path(path, checksum))
 
 
 def find_logits_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from dataset import Batch, EncodedData, pad
 from model import Classifier, TransformerEmbedding, build_model, load_classifier
 from pretrained.surgery import remove_layers
+from sentence_classifier.batches import by_length
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, Tokenizer, make_tokenizer
@@ -192,9 +193,7 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
     done = 0
     with tqdm(total=len(data), unit="sentence", desc="teacher", disable=None) as bar:
         for rows in tokenize(read_sentences(data), teacher.tokenizer(augmented), 64 * batch_size):
-            order = np.argsort([-len(row) for row in rows], kind="stable")
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
+            for places in by_length([len(row) for row in rows], batch_size):
                 batch = pad([rows[place] for place in places]).to(device)
                 logits[done + places] = teacher(batch.input_ids, batch.attention_mask).cpu().numpy()
                 bar.update(len(places))

@@ -42,6 +42,12 @@ REFERENCE = {  # REFERENCE.md section 3
 DENSENET = {"densenet_first_num_filters": 200, "densenet_num_filters": 100, "densenet_last_num_filters": 400}
 
 
+def test_a_shipped_config_is_found_from_another_folder(tmp_path: Path) -> None:
+    assert Path.cwd() == tmp_path and load_config("configs/config-glove-cnn.json")["enc_class"] == "cnn"
+    write_config(tmp_path / "configs.json", "gnb")
+    assert load_config("configs.json")["enc_class"] == "gnb"
+
+
 @pytest.mark.parametrize("name", REFERENCE)
 def test_shipped_glove_configs(name: str) -> None:
     config = load_config(str(ROOT / "configs" / f"{name}.json"))

@@ -24,6 +24,7 @@ import preprocess
 import train
 from dataset import EncodedData
 from model import load_classifier
+from sentence_classifier import load
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import MASK, WORDS, TokenizerInfo, WordTokenizer
@@ -106,7 +107,7 @@ def test_what_a_teacher_writes(labelled: Place) -> None:
 
 def test_the_shortest_numbers_that_read_back_the_same(labelled: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     hard = np.array([[0.1, 1 / 3, -2e-38, 16777217.0], [1e-45, -0.0, 3e38, np.pi]], np.float32)
-    monkeypatch.setattr(evaluate.TorchPredictor, "logits", lambda self, given: hard[: len(given)])
+    monkeypatch.setattr(evaluate.TorchClassifier, "logits", lambda self, given: hard[: len(given)])
     label(labelled, "--num_examples=2", "--batch_size=2")
     written = [row.split(" ") for _, row in rows(labelled.data / "augmented.raw.pred")]
     read = np.array(sorted(written), np.float64).astype(np.float32)
@@ -167,8 +168,11 @@ def test_several_teachers_label_with_the_mean_of_their_logits(labelled: Place) -
 
 
 def test_teachers_answer_in_fp32(labelled: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = {**load_checkpoint(labelled.model), "int8": {"setting": "dynamic"}}
-    monkeypatch.setattr(evaluate, "load_onnx", lambda args, config: (None, record))
+    path = labelled.root / "model.onnx"
+    evaluate.main(labelled.evaluate_flags("--convert_onnx", f"--onnx_path={path}"))
+    classifier = load(path)
+    classifier.metadata["int8"] = {"setting": "dynamic"}
+    monkeypatch.setattr(evaluate, "load", lambda *_: classifier)
     before = snapshot(labelled.data)
     assert "an int8 file" in refusal(evaluate.main, *labelled.evaluate_flags("--augmented", "--enable_ort"))
     assert snapshot(labelled.data) == before

@@ -1,0 +1,146 @@
+"""Classify the lines of a file or of standard input, one sentence a line; answer with one JSON object a line.
+
+    echo "play some jazz" | python -m sentence_classifier pytorch-model.onnx
+    python -m sentence_classifier pytorch-model.onnx --input_path=sentences.txt --batch_size=32 > answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from sentence_classifier.classifier import TextClassifier, load
+from sentence_classifier.errors import InputError, fail_cleanly
+
+logger = logging.getLogger(__name__)
+
+
+class Line(NamedTuple):
+    """A sentence and the number of its line, counted from 1."""
+
+    number: int
+    sentence: str
+
+
+class SentenceReader:
+    """The lines of a file of sentences, read as a stream. An empty line is an empty sentence.
+
+    Lines end at LF or CRLF. A byte order mark is dropped.
+
+    Args:
+        path: the file; "-" is standard input.
+        skip_bad_lines: count bad lines in `skipped` in place of raising on the first.
+
+    Raises:
+        InputError: no such file, an empty one, or a line that is not UTF-8 or holds a TAB or NUL character.
+    """
+
+    def __init__(self, path: str, skip_bad_lines: bool = False) -> None:
+        self.path = path
+        self.skip_bad_lines = skip_bad_lines
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[Line]:
+        found = False
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if self.path == "-" else stack.enter_context(_open(self.path))
+            for number, raw in enumerate(file, 1):
+                try:
+                    line = Line(number, _sentence(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
+                except ValueError as error:
+                    if not self.skip_bad_lines:
+                        raise InputError(f"{self.path}:{number}: {error} Correct the line, or pass --skip_bad_lines."
+                                         ) from None
+                    self.skipped += 1
+                else:
+                    found = True
+                    yield line
+        if not found:
+            what = "no usable line" if self.skipped else "the file is empty"
+            raise InputError(f"{self.path}: {what}; one sentence a line is expected.")
+
+
+def _open(path: str) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def _sentence(raw: bytes) -> str:
+    try:
+        line = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"broken UTF-8 at byte {error.start + 1} of the line; the file has to be in UTF-8.") from None
+    if "\t" in line:
+        raise ValueError("a TAB; unlabelled input is one sentence a line.")
+    if "\0" in line:
+        raise ValueError("the line holds a NUL character.")
+    return line.strip()
+
+
+def answer_lines(classifier: TextClassifier, lines: SentenceReader, batch_size: int = 1, limit: int = 0) -> None:
+    """Answer each line on standard output, in UTF-8, with a JSON object: line, sentence, label and probabilities.
+
+    Args:
+        batch_size: so many lines are read before they are answered together.
+        limit: only the first so many lines; 0: all.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as JSON is, whatever the locale has
+    for batch in _batches(islice(lines, limit or None), batch_size):
+        found = classifier.predict([line.sentence for line in batch], batch_size)
+        for line, prediction in zip(batch, found, strict=True):
+            print(json.dumps({"line": line.number, "sentence": line.sentence, "label": prediction.label,
+                              "probability": round(prediction.probability, 6),
+                              "probabilities": {name: round(p, 6) for name, p in prediction.probabilities.items()}},
+                             ensure_ascii=False))
+        sys.stdout.flush()
+    if lines.skipped:
+        logger.warning("[%s] %d bad lines were skipped", lines.path, lines.skipped)
+
+
+def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    batch: list[Line] = []
+    try:
+        for line in lines:
+            batch.append(line)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except InputError:  # a bad line; those before it get their answers
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+@fail_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Answer the lines of --input_path."""
+    parser = argparse.ArgumentParser(prog="sentence-classifier", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="The .onnx file that evaluate.py --convert_onnx wrote.")
+    parser.add_argument("--input_path", default="-", help="A file of sentences, one a line (default: -, which is "
+                                                          "standard input).")
+    parser.add_argument("--batch_size", type=int, default=1, help="So many lines are read before they are answered "
+                                                                  "together (default: %(default)s).")
+    parser.add_argument("--num_threads", type=int, default=0, help="How many threads compute an answer (default: 0, "
+                                                                   "ONNX Runtime's choice).")
+    parser.add_argument("--skip_bad_lines", action="store_true", help="Leave out and count lines that are not UTF-8 "
+                                                                      "or hold a TAB or NUL character.")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or not 0 <= args.num_threads <= 1024:
+        parser.error("--batch_size is at least 1, and --num_threads is from 0 to 1024.")
+
+    logging.basicConfig(level=logging.INFO)
+    classifier = load(args.model, args.num_threads)
+    answer_lines(classifier, SentenceReader(args.input_path, args.skip_bad_lines), args.batch_size)
