@@ -222,7 +222,7 @@ def test_data_that_are_not_there(trained: Place) -> None:
 
 def test_flags_that_go_together(trained: Place) -> None:
     assert "--convert_onnx" in refused_without_a_trace(trained, "--quantize_onnx")
-    assert "cpu" in refused_without_a_trace(trained, "--enable_ort", "--device=cuda")
+    assert "CPU" in refused_without_a_trace(trained, "--enable_ort", "--device=cuda")
 
 
 def test_the_metadata(trained: Place) -> None:
