@@ -31,16 +31,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         prepared[kind] = harness.interleave(sides, sizes.rounds, warm_up=vectors != "none")  # it reads their text
         shutil.rmtree(data)
     harness.encode(source, folder / "data", args.config, f"--embedding_path={vectors}")
-    one, two = sides = ("1 process of 2 threads", "2 processes of 1 thread")
+    names = one, two = ("1 process of 2 threads", "2 processes of 1 thread")
     trained = harness.interleave({side: partial(training_rate, args, folder, processes)
-                                  for processes, side in enumerate(sides, 1)}, sizes.rounds)
+                                  for processes, side in enumerate(names, 1)}, sizes.rounds)
     corpus = memory.measure(args, folder, sizes.more_lines)
     figures = [harness.rate_figure(f"preprocess.py, {kind}, --num_workers ", harness.medians(rates), "2", "1")
                for kind, rates in prepared.items()]
     figures.append(harness.rate_figure("train.py, ", harness.medians(trained), two, one))
     notes = [f"preprocess.py: {sizes.more_lines[0]:,} generated lines for word vectors, {sizes.subword_lines:,} for "
-             f"{bert.name}", f"training: {Path(args.config).name} on {source.name}, {BATCH_SIZE} a step, {sizes.epochs} "
-             "epochs with their evaluation", *corpus["notes"]]
+             f"{bert.name}", f"training: {Path(args.config).name} on {source.name}, {BATCH_SIZE} a step, "
+             f"{sizes.epochs} epochs with their evaluation", *corpus["notes"]]
     return {**corpus, "notes": notes, "figures": figures + corpus["figures"], "preprocess_lines_a_second": prepared,
             "train_sentences_a_second": trained}
 

@@ -146,22 +146,20 @@ def by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
 
 def accuracy(results: Path) -> str:
     """The accuracy of each model on each data set: the mean, and each seed in brackets."""
-    with read_results(results / "accuracy.json"):
-        rows = newest_rows(results / "accuracy.json")
-        cells = by_cell(rows)
-        data_sets = list(dict.fromkeys(data_set for _, data_set in cells))
-        made = [[model] for model in dict.fromkeys(model for model, _ in cells)]
-        for line in made:
-            for found in (cells.get((line[0], data_set), []) for data_set in data_sets):
-                each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
-                line.append(f"{statistics.mean(found):.2f}{each}" if found else "")
-        return markdown(["accuracy, %", *data_sets], made, caption(rows))
+    rows = newest_rows(results / "accuracy.json")
+    cells = by_cell(rows)
+    data_sets = list(dict.fromkeys(data_set for _, data_set in cells))
+    made = [[model] for model in dict.fromkeys(model for model, _ in cells)]
+    for line in made:
+        for found in (cells.get((line[0], data_set), []) for data_set in data_sets):
+            each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
+            line.append(f"{statistics.mean(found):.2f}{each}" if found else "")
+    return markdown(["accuracy, %", *data_sets], made, caption(rows))
 
 
 def accuracy_on(data_set: str, results: Path) -> str:
     """The accuracy of each model on one data set: the mean, and each seed."""
-    with read_results(results / "accuracy.json"):
-        cells = by_cell(newest_rows(results / "accuracy.json"))
+    cells = by_cell(newest_rows(results / "accuracy.json"))
     rows = [[model, f"{statistics.mean(found):.2f}", ", ".join(f"{one:.2f}" for one in found)]
             for (model, one), found in cells.items() if one == data_set]
     return markdown(["model", "accuracy, %", "seeds"], rows)
@@ -194,14 +192,12 @@ def overview(results: Path) -> str:
 
 def overview_rows(results: Path) -> list[tuple[str, dict[str, float], list[float], list[float]]]:
     """What is shown, accuracies in percent by data set, milliseconds and megabytes: in int8 and fp32, or as trained."""
-    times: dict[str, dict[str, float]] = {}
     sizes: dict[tuple[str, str], float] = {}
-    with read_results(results / "accuracy.json"):
-        rows = newest_rows(results / "accuracy.json")
-        cells = by_cell(rows)
-        for model in (model for model, data_set in cells if data_set == "snips"):
-            own = [row["ms"] for row in rows if (row["model"], row["data_set"]) == (model, "snips")]
-            times[model] = {"as trained": statistics.median(own)}
+    rows = newest_rows(results / "accuracy.json")
+    cells = by_cell(rows)
+    times = {model: {"as trained": statistics.median(row["ms"] for row in rows if row["model"] == model
+                                                     and row["data_set"] == data_set)}
+             for model, data_set in cells if data_set == "snips"}
     if (path := results / "inference.json").exists():
         with read_results(path) as found:
             for point in found["points"]:
