@@ -142,10 +142,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def newest_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows of the newest recipe of each model on each data set, in the table's order."""
-    rows = read_rows(path)
-    newest = {(row["model"], row["data_set"]): row["recipe"] for row in rows}
     order = [*CONFIGS, *BASELINES, *DATA_SETS]
     place = {name: number for number, name in enumerate(order)}
-    rows = [row for row in rows if row["recipe"] == newest[row["model"], row["data_set"]]]
-    return sorted(rows, key=lambda row: (*(place.get(row[key], len(order)) for key in ("model", "data_set")),
-                                         row["seed"]))
+    with read_results(path) as result:
+        newest = {(row["model"], row["data_set"]): row["recipe"] for row in result["rows"]}
+        rows = [row for row in result["rows"] if row["recipe"] == newest[row["model"], row["data_set"]]]
+        return sorted(rows, key=lambda row: (*(place.get(row[key], len(order)) for key in ("model", "data_set")),
+                                             row["seed"]))

@@ -46,22 +46,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         Path(name).name: partial(load_pretrained, name),
         f"random BERT of {sizes.layers} layers": lambda: BertModel(BertConfig(num_hidden_layers=sizes.layers),
                                                                    add_pooling_layer=False)}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    rows = test.rows(range(min(len(test), sizes.sentences or SENTENCES)))
+    found: dict[str, dict[str, dict[str, float]]] = {label: {} for label in models}
     runs = [(way, label) for way in WAYS for label in models]  # what takes minutes to compile comes last
     for way, label in tqdm(runs, unit="run", disable=None):
         precision, compiled = WAYS[way]
-        made: list[Any] = []
-
-        def build(label: str = label, made: list[Any] = made) -> Any:
-            made.append(make_classifier(models[label](), resolved["config"], train))
-            return made[-1]
-
+        model = make_classifier(models[label](), resolved["config"], train)
         torch.compiler.reset()
-        rate = training_rate(build, {**resolved["flags"], "compile": compiled}, train.path, precision, 0, sizes)
-        rows = test.rows(range(min(len(test), sizes.sentences or SENTENCES)))
-        got = {"sentences_a_second": rate, **answer(made[-1], rows, precision, compiled)}
-        found.setdefault(label, {})[way] = got
-        logger.info("[%s, %s] %s", label, way, ", ".join(f"{key} {value:.4g}" for key, value in got.items()))
+        rate = training_rate(lambda model=model: model, {**resolved["flags"], "compile": compiled}, train.path,
+                             precision, 0, sizes)
+        found[label][way] = {"sentences_a_second": rate, **answer(model, rows, precision, compiled)}
+        logger.info("[%s, %s] %s", label, way, found[label][way])
     figures = []
     for label, ways in found.items():
         base, rates = ways["fp32"], {way: got["sentences_a_second"] for way, got in ways.items()}

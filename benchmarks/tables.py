@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -106,28 +107,24 @@ def ratios(name: str, results: Path) -> str:
 
 def by_model(name: str, results: Path) -> str:
     """A column a model: how each form of it answers, then batches, cold starts and threads where they were measured."""
-    cells: dict[str, dict[str, str]] = {}
-
-    def add(row: str, model: str, cell: str) -> None:
-        cells.setdefault(row, {})[model] = cell
-
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
     with read_results(results / f"{name}.json") as found:
         points = found.get("points") or [{"model": model, "form": form, **got}
                                          for model, forms in found["ways"].items() for form, got in forms.items()]
         for point in points:
             size = f", {point['mb']:.0f} MB" if "mb" in point else ""
-            add(point["form"], point["model"],
-                f"{number(point['median_ms'])} ms, {100 * point['accuracy']:.2f} %{size}")
+            cells[point["form"]][point["model"]] = (f"{number(point['median_ms'])} ms, "
+                                                    f"{100 * point['accuracy']:.2f} %{size}")
         for model, rates in found.get("sentences_a_second", {}).items():
             for form, rate in rates.items():
-                add(form, model, f"{rate:,.0f} a second")
+                cells[form][model] = f"{rate:,.0f} a second"
         for model, starts in found.get("cold_seconds", {}).items():
             for form, seconds in starts.items():
-                add(f"{form}, cold start", model, f"{seconds:.2f} s")
+                cells[f"{form}, cold start"][model] = f"{seconds:.2f} s"
         for side, times in (found["threads"] if name == "int8" else {}).items():
             model, _, form = side.partition(", ")
             for threads, time in times.items():
-                add(f"{form}, {threads} thread{'s' * (threads != '1')}", model, f"{number(time)} ms")
+                cells[f"{form}, {threads} thread{'s' * (threads != '1')}"][model] = f"{number(time)} ms"
         models = list(dict.fromkeys(point["model"] for point in points))
         rows = [[row, *(of.get(model, "") for model in models)] for row, of in cells.items()]
         return markdown(["a sentence", *models], rows, "; ".join(found["notes"]))
