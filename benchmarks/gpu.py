@@ -52,8 +52,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for way, label in tqdm(runs, unit="run", disable=None):
         precision, compiled = WAYS[way]
         model = make_classifier(models[label](), resolved["config"], train)
-        torch.compiler.reset()
-        rate = training_rate(lambda model=model: model, {**resolved["flags"], "compile": compiled}, train.path,
+        torch.compiler.reset()  # below, train() returns the model
+        rate = training_rate(model.train, {**resolved["flags"], "compile": compiled}, train.path,
                              precision, 0, sizes)
         found[label][way] = {"sentences_a_second": rate, **answer(model, rows, precision, compiled)}
         logger.info("[%s, %s] %s", label, way, found[label][way])

@@ -16,12 +16,11 @@ import torch
 from architectures import ARCHITECTURES, HIDDEN, POSITIONS
 from cases import Case, make_case, onnx_flags, train_case
 from conftest import Place
-from helpers import DIM, ENCODERS, ROOT, make_config, refusal, snapshot, write_config
+from helpers import DIM, ENCODERS, ROOT, code_hash, make_config, refusal, snapshot, write_config
 
 import evaluate
 import preprocess
 import train
-from benchmarks.accuracy import code_hash
 from compression import onnx_export as export
 from compression.onnx_graph import (
     pack_attention,
