@@ -1,9 +1,7 @@
 """Measure the toolkit: speed, memory and accuracy, as tables and a picture.
 
 Reads   data sets (sentence TAB label) and a file of word vectors; works in a scratch folder that it removes.
-Writes  RESULTS/speed.json, vectors.json, memory.json, augment.json, finetune.json, inference.json and .png, scale.json,
-        chain.json and .png, int8.json, zero.json, gpu.json, accuracy.json and .png; Markdown tables on standard
-        output.
+Writes  RESULTS/VERB.json of each VERB, a picture of inference, chain and accuracy; Markdown tables on standard output.
 
     python benchmark.py                     all but accuracy: on an otherwise idle machine
     python benchmark.py accuracy            every model on every data set, and two baselines: hours; goes on where it
@@ -51,7 +49,7 @@ VERBS = (*USUAL, *BY_NAME, "table")
 
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags."""
+    """The command line."""
     parser = Parser(__doc__)
     parser.add_argument("verbs", nargs="*", default=list(USUAL), metavar="VERB",
                         help=f"{', '.join(VERBS)} (default: {' '.join(USUAL)})")
@@ -102,16 +100,15 @@ def show(results: Path, verbs: tuple[str, ...]) -> None:
     """Print the tables of what `results` holds of `verbs`, and draw the pictures."""
     from benchmarks import accuracy, pictures, tables
 
-    found = [verb for verb in verbs if (results / f"{verb}.json").exists()]
+    found = {verb: path for verb in verbs if (path := results / f"{verb}.json").exists()}
     if not found:
         raise InputError(f"{results}: holds no results yet; run python benchmark.py first.")
-    for verb in found:
-        path = results / f"{verb}.json"
+    for verb, path in found.items():
         print(tables.table(verb, results))
-        with read_results(path) as result:
-            if verb == "accuracy":
-                pictures.draw_accuracy(accuracy.newest_rows(path), path.with_suffix(".png"))
-            elif verb in ("chain", "inference"):
+        if verb == "accuracy":
+            pictures.draw_accuracy(accuracy.newest_rows(path), path.with_suffix(".png"))
+        elif verb in ("chain", "inference"):
+            with read_results(path) as result:
                 pictures.draw_answers(result["points"], path.with_suffix(".png"))
     if len(verbs) > 1 and "accuracy" in found:
         pictures.draw_overview(results, results / "overview.png")

@@ -1,28 +1,26 @@
 """Every model and two baselines, trained and tested on several data sets.
 
-Each finished run is written to accuracy.json at once, and is not run again while its data, its recipe and the code stay
-the same. A student (those of TAUGHT) needs --checkpoints, where its teachers' models stay from one run to the next.
+Each finished run is written to accuracy.json at once, and is not run again while its data and its recipe stay the same;
+where the code has changed, --force runs it again. A student (those of TAUGHT) needs --checkpoints, where its teachers'
+models stay from one run to the next.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import logging
 import os
 import random
-import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
 from benchmarks.baselines import BASELINES, tune
-from benchmarks.harness import SPLITS, copy_splits, encode, provenance, read_results, run_stage
+from benchmarks.harness import SPLITS, copy_splits, encode, provenance, read_results
 from benchmarks.recipes import CONFIGS, DATA_SETS, RECIPES, TAUGHT
-from benchmarks.runs import DECISIVE, DECISIVE_FOR_STUDENTS, code_hash, digest
 from cli.config import encoded_kind, load_config
 from dataset import EncodedData
 from sentence_classifier.errors import InputError
@@ -74,10 +72,8 @@ def measure_data_set(args: argparse.Namespace, source: Path, name: str, data: Pa
     texts = [sha256(data / split) for split in SPLITS]
 
     def key(model: str, seed: int, recipe: list[Any], facts: Any) -> dict[str, Any]:
-        code = current_code(model)
         return {"data_set": name + HELD_OUT if fold else name, "model": model, "seed": seed,
-                "recipe": digest(json.dumps([*recipe, *([] if fold else [facts])])),
-                "code": digest("".join([code, *texts])) if fold else code}
+                "recipe": runs.digest(json.dumps([*recipe, *([] if fold else [facts])]))}
 
     for model in args.models:
         config = load_config(CONFIGS[model])
@@ -92,59 +88,40 @@ def measure_data_set(args: argparse.Namespace, source: Path, name: str, data: Pa
             facts = encoded_facts(data)
             embedding = {"file": Path(args.embedding_path).name, "words": facts["vectors"]}
         else:
-            bert = args.bert_model_name_or_path
-            facts = {"texts": texts, "model": weights_sha256(bert)}
-            embedding = {"file": Path(bert).name, "words": None}
+            bert = Path(args.bert_model_name_or_path)
+            weights = bert / "model.safetensors"
+            facts = {"texts": texts, "model": sha256(weights) if weights.exists() else str(bert)}
+            embedding = {"file": bert.name, "words": None}
             flags = [*encoding, *flags]
         used = flags
         if model in TAUGHT:
-            used, facts["teachers"] = runs.find_teachers(args, source, model, name, flags)
-            if "--augmented" in flags:
-                place = runs.augmented_text(args, source, model, name)
-                facts["augmented"] = sha256(place)
-                for file in (place, *place.parent.glob("logits-*.json")):
-                    shutil.copyfile(file, data / file.name)
-                run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}", *encoding,
-                          "--augmented", f"--augmented_filename={place.name}")
-        about = {"flags": flags, "config": config, "embedding": embedding}
+            used, taught = runs.find_teachers(args, source, data, model, flags)
+            facts |= taught
         for seed in [fold] if fold else args.seeds or seeds:
             found_by = key(model, seed, [config, flags], facts)
-            kept = args.checkpoints and runs.run_folder(args.checkpoints, data.name, model, seed)
-            finish(args, found_by, about,
-                   partial(runs.train_and_test, data, CONFIGS[model], used, found_by, kept, force=args.force))
+            finish(args, {**found_by, "flags": flags, "config": config, "embedding": embedding},
+                   partial(runs.train_and_test, args, data, model, used, found_by))
     for baseline, (fit, settings) in BASELINES.items():
         settings = settings[: args.sizes.settings]
-        finish(args, key(baseline, fold, [settings], texts), {}, partial(tune, fit, settings, data))
+        finish(args, key(baseline, fold, [settings], texts), partial(tune, fit, settings, data))
 
 
-def finish(args: argparse.Namespace, key: dict[str, Any], about: dict[str, Any],
-           run: Callable[[], dict[str, Any]]) -> None:
+def finish(args: argparse.Namespace, about: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
     """Run one row and write it, unless it stands there already."""
     path = args.results / "accuracy.json"
-    name = f"{key['model']} on {key['data_set']}, seed {key['seed']}"
-    if not args.force and any(key.items() <= row.items() for row in read_rows(path)):
+    name = f"{about['model']} on {about['data_set']}, seed {about['seed']}"
+    if not args.force and any(same_run(row, about) for row in read_rows(path)):
         logger.info("[%s: finished before]", name)
         return
     logger.info("[%s: begins]", name)
-    row = {**key, **provenance(args.command), **about, **run()}
-    write_row(path, row)
+    row = {**about, **provenance(args.command), **run()}
+    write_json({"rows": [*(old for old in read_rows(path) if not same_run(old, row)), row]}, path)
     logger.info("[%s: %.4f on test, %.4f on valid]", name, row["accuracy"], row["valid_accuracy"])
 
 
-# ----------------------------------------------------------------------------------------------- what a row is found by
-
-
-def current_code(model: str) -> str:
-    """A checksum of the code that decides the accuracy of a model or a baseline."""
-    if model in BASELINES:
-        return digest(inspect.getsource(BASELINES[model][0]) + inspect.getsource(tune))
-    return code_hash(DECISIVE_FOR_STUDENTS if model in TAUGHT else DECISIVE)
-
-
-def weights_sha256(folder: str) -> str:
-    """Which pretrained weights a folder holds; of a hub name, the name itself."""
-    path = Path(folder) / "model.safetensors"
-    return sha256(path) if path.exists() else folder
+def same_run(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows are of the same data set, model, seed and recipe."""
+    return all(row[key] == other[key] for key in ("data_set", "model", "seed", "recipe"))
 
 
 def encoded_facts(data: Path) -> dict[str, Any]:
@@ -155,9 +132,6 @@ def encoded_facts(data: Path) -> dict[str, Any]:
             "table": splits[0].table, "vectors": vocabulary - splits[0].own_rows}
 
 
-# -------------------------------------------------------------------------------------------------------------- rows
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows, the newest last."""
     if not path.exists():
@@ -166,34 +140,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return result["rows"]
 
 
-def write_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row; it takes the place of one of the same data set, model, seed and recipe."""
-    keys = ("data_set", "model", "seed", "recipe")
-    others = [old for old in read_rows(path) if any(old[key] != row[key] for key in keys)]
-    write_json({"rows": [*others, row]}, path)
-
-
 def newest_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows of the newest recipe of each model on each data set, in the table's order."""
-    rows = read_rows(path)
-    newest = {(row["model"], row["data_set"]): row["recipe"] for row in rows}
     order = [*CONFIGS, *BASELINES, *DATA_SETS]
     place = {name: number for number, name in enumerate(order)}
-    rows = [row for row in rows if row["recipe"] == newest[row["model"], row["data_set"]]]
-    return sorted(rows, key=lambda row: (*(place.get(row[key], len(order)) for key in ("model", "data_set")),
-                                         row["seed"]))
-
-
-def restamp(path: Path, was: Collection[str] = ()) -> None:
-    """Mark accuracy.json's rows as made by today's code, so that they are not run again.
-
-    Call it when decisive code has changed and the same flags and seed have been shown to give the same weights by both
-    versions. Rows of folds, whose checksum covers their texts too, are left as they are.
-
-    Args:
-        was: only rows that carry one of these checksums; none: all rows.
-    """
-    rows = [{**row, "code": current_code(row["model"])}
-            if not row["data_set"].endswith(HELD_OUT) and (not was or row["code"] in was) else row
-            for row in read_rows(path)]
-    write_json({"rows": rows}, path)
+    with read_results(path) as result:
+        newest = {(row["model"], row["data_set"]): row["recipe"] for row in result["rows"]}
+        rows = [row for row in result["rows"] if row["recipe"] == newest[row["model"], row["data_set"]]]
+        return sorted(rows, key=lambda row: (*(place.get(row[key], len(order)) for key in ("model", "data_set")),
+                                             row["seed"]))

@@ -56,26 +56,27 @@ SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, table
               train_flags="--epoch=1 --max_train_steps=3", settings=2, layers=1, sentences=12)
 
 
-def find_data(args: argparse.Namespace) -> tuple[Path, list[str]]:
-    """The data set to measure with, and a note where the sample stands in for the default one, which is not here."""
+def find_data(args: argparse.Namespace) -> Path:
+    """The data set to measure with; the sample stands in for the default one where that is not here."""
     source = Path(args.data_dir)
     if (source / SPLITS[0]).is_file():
-        return source, []
+        return source
     if args.data_dir != DATA_DIR:
         raise InputError(f"{source / SPLITS[0]}: no such file.")
-    return ROOT / "data/sample", [f"{source.name} is not here: measured on data/sample"]
+    logger.warning("[%s is not here: measured on data/sample]", source.name)
+    return ROOT / "data/sample"
 
 
-def find_vectors(args: argparse.Namespace) -> tuple[str, list[str]]:
-    """The word vectors to measure with, and a note where the default ones are not here."""
-    vectors = args.embedding_path
-    if vectors == EMBEDDING_PATH and not Path(vectors).is_file():
-        return "none", [f"{Path(vectors).name} is not here: no pretrained vectors"]
-    return vectors, []
+def find_vectors(args: argparse.Namespace) -> str:
+    """The word vectors to measure with; none where the default ones are not here."""
+    if args.embedding_path == EMBEDDING_PATH and not Path(EMBEDDING_PATH).is_file():
+        logger.warning("[%s is not here: no pretrained vectors]", EMBEDDING_PATH)
+        return "none"
+    return args.embedding_path
 
 
 def copy_splits(source: Path, folder: Path) -> None:
-    """Copy a data set's raw text into `folder`."""
+    """Copy a data set's raw text into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in SPLITS:
         if not (source / name).is_file():
@@ -123,10 +124,7 @@ sys.exit(done.returncode)
 
 
 def launch(*command: str, threads: int | None = None) -> tuple[float, float, str]:
-    """Run Python with `command`.
-
-    Args:
-        threads: of each process; None: the library's choice.
+    """Run Python with `command` on so many threads (None: the library's choice).
 
     Returns:
         Seconds, peak resident memory in MB (of the largest process), and standard output.
@@ -141,22 +139,15 @@ def launch(*command: str, threads: int | None = None) -> tuple[float, float, str
     return result["seconds"], result["peak"] * unit / 1e6, result["output"]
 
 
-def interleave(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool) -> dict[str, list[float]]:
+def interleave(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = False) -> dict[str, list[float]]:
     """Measure all sides in turn, round after round, so that a slow minute of the machine meets all of them.
 
-    Args:
-        warm_up: do one more round first, which does not count.
+    With `warm_up`, one more round comes first, which does not count.
     """
     measured: dict[str, list[float]] = {name: [] for name in sides}
-    with tqdm(total=(rounds + warm_up) * len(sides), unit="run", disable=None) as bar:
-        for number in range(rounds + warm_up):
-            for name, measure in sides.items():
-                bar.set_description(name)
-                value = measure()
-                bar.update()
-                if number or not warm_up:
-                    measured[name].append(value)
-    return measured
+    for name in tqdm([*sides] * (rounds + warm_up), unit="run", disable=None):
+        measured[name].append(sides[name]())
+    return {name: values[warm_up:] for name, values in measured.items()}
 
 
 def medians(measured: dict[str, list[float]]) -> dict[str, float]:
@@ -167,25 +158,16 @@ def medians(measured: dict[str, list[float]]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def rate_figure(measured: str, rates: dict[str, float], one: str, other: str, aim: str = "") -> dict[str, Any]:
+def rate_figure(measured: str, rates: dict[str, float], one: str, other: str) -> dict[str, Any]:
     """A row that compares two sides in sentences a second."""
-    return figure(f"{measured}{one} : {other}", rates[one] / rates[other], aim,
+    return figure(f"{measured}{one} : {other}", rates[one] / rates[other],
                   f"{rates[one]:,.0f} : {rates[other]:,.0f} sentences a second")
 
 
-def figure(measured: str, ratio: float, aim: str, beside: str) -> dict[str, Any]:
-    """A row of a table of ratios, logged at once, so that a run cut off has shown it.
-
-    Args:
-        aim: "", ">= X" or "<= X": kept in the JSON file, not shown.
-        beside: the absolute figures that the ratio was made of.
-    """
-    met = None
-    if aim:
-        sign, limit = aim.split()
-        met = ratio >= float(limit) if sign == ">=" else ratio <= float(limit)
+def figure(measured: str, ratio: float, beside: str) -> dict[str, Any]:
+    """A row of a table of ratios, logged at once; `beside` has the absolute figures that the ratio was made of."""
     logger.info("[%s] %.3g; %s", measured, ratio, beside)
-    return {"measured": measured, "ratio": ratio, "aim": aim, "met": met, "beside": beside}
+    return {"measured": measured, "ratio": ratio, "beside": beside}
 
 
 def provenance(command: str) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +16,7 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import SPLITS, encode, figure, interleave, is_trained, medians, rate_figure, run_stage
+from benchmarks.harness import SPLITS, encode, figure, interleave, is_trained, launch, medians, run_stage
 from benchmarks.recipes import CONFIGS, RECIPES
 from benchmarks.runs import encoding_flags
 from cli.config import encoded_kind, load_config
@@ -26,23 +24,14 @@ from compression.quantization import quantize
 from dataset import pad
 from model import load_classifier
 from sentence_classifier.classifier import BUSY_WAIT, load
-from sentence_classifier.classifier import pad as pad_arrays
-from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import SUBWORDS, make_tokenizer
 from text.lines import TsvReader
 from util import ROOT, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# What is measured, and how many times as fast as the plain session each model's answers are to be.
-AIMS: dict[str, dict[str, str]] = {
-    "minilm-cls": {"ONNX": ">= 1.3", "ONNX int8": ">= 5.5"},
-    "cnn": {"best": ">= 4"},
-    "densenet-cnn": {"best": ">= 2"},
-    "densenet-dsa": {"best": ">= 2"},
-}
 PLAIN = "plain ONNX"
-COLD_LIMITS = {"cnn": ("ONNX", 1.0), "minilm-cls": ("ONNX int8", 1.5)}  # seconds from the shell to the answer
+COLD = ("cnn", "minilm-cls")  # whose cold starts are measured
 Answer = Callable[[str], int]
 
 
@@ -52,8 +41,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = Path(args.data_dir)
     notes = [f"data set {source.name}, test sentences one at a time on {args.num_threads} threads, medians; plain "
              "ONNX: torch.onnx.export with dynamic sizes, in a session with the default options"]
-    figures: list[dict[str, Any]] = []
-    points, cold, batches = [], {}, {}
+    figures, points, cold, batches = [], [], {}, {}
     for name in args.inference_models:
         case = Case(name, args, source, folder / name)
         case.prepare()
@@ -61,53 +49,29 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         counts = case.accuracies(sides)  # warms up, too
         rows = summarize(time_answers(sides, case.sentences, rounds, name), counts)
         points += [{"model": name, "form": side, **row} for side, row in rows.items()]
-        figures += ratios(name, rows)
+        plain = rows[PLAIN]["median_ms"]
+        figures += [figure(f"{name}, {PLAIN} : {side}", plain / row["median_ms"],
+                           f"{plain:.3f} : {row['median_ms']:.3f} ms")
+                    for side, row in rows.items() if side != PLAIN]
         batches[name] = case.batches(rounds)
-        if name in COLD_LIMITS:
+        if name in COLD:
             cold[name] = case.cold_starts(rounds)
-    for name, seconds in cold.items():
-        form, limit = COLD_LIMITS[name]
-        figures.append(figure(f"{name}, {form}, cold start : {limit:g} s", seconds[form] / limit, "<= 1",
-                              f"{seconds[form]:.2f} s, by PyTorch {seconds['PyTorch']:.2f} s"))
-    for name, rates in batches.items():
-        figures += [rate_figure(f"{name}, ", rates, side, "ONNX, one at a time") for side in list(rates)[1:]]
     return {"notes": notes, "figures": figures, "points": points, "cold_seconds": cold, "sentences_a_second": batches,
             "threads": args.num_threads}
 
 
-def summarize(times: dict[str, list[float]], counts: dict[str, float]) -> dict[str, dict[str, float]]:
+def summarize(times: dict[Any, list[float]], counts: dict[Any, float]) -> dict[Any, dict[str, float]]:
     """Milliseconds a sentence and accuracy by form."""
     return {side: {"median_ms": statistics.median(values), "mean_ms": statistics.mean(values),
                    "accuracy": counts[side]} for side, values in times.items()}
 
 
-def ratios(name: str, rows: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """How many times as fast as the plain session each form is."""
-    plain = rows[PLAIN]
-    shown = {side: side for side in rows if side != PLAIN}
-    if "best" in AIMS[name]:
-        best = min(shown, key=lambda side: rows[side]["median_ms"])
-        shown[f"the best of these, {best}"] = best
-    return [figure(f"{name}, {PLAIN} : {words}", plain["median_ms"] / rows[side]["median_ms"],
-                   AIMS[name].get(words if words == side else "best", ""),
-                   f"{plain['median_ms']:.3f} : {rows[side]['median_ms']:.3f} ms; by means "
-                   f"{plain['mean_ms'] / rows[side]['mean_ms']:.2f}; accuracy "
-                   f"{100 * plain['accuracy']:.2f} : {100 * rows[side]['accuracy']:.2f} %")
-            for words, side in shown.items()]
-
-
 class Case:
-    """One model: trained if need be, exported, and measured in each form.
-
-    Args:
-        name: as the accuracy table has it.
-        source: the data set's raw text.
-        folder: to work in.
-        model: its checkpoint; None: in --checkpoints, or to be trained.
-    """
+    """One model of the accuracy table: trained if need be, exported, and measured in each form."""
 
     def __init__(self, name: str, args: argparse.Namespace, source: Path, folder: Path,
                  model: Path | None = None) -> None:
+        """Take the checkpoint `model`, or else the one in --checkpoints, which may still have to be trained."""
         self.name, self.args, self.source = name, args, source
         self.folder, self.data = folder, folder / "data"
         self.model = model or Path(args.checkpoints or folder) / f"{name}.pt"
@@ -177,15 +141,12 @@ class Case:
                 for side, answer in sides.items()}
 
     def batches(self, rounds: int) -> dict[str, float]:
-        """Sentences a second in batches of 64 of like length, beside one at a time and beside OpenVINO's."""
+        """Sentences a second in batches of 64 of like length, beside one at a time."""
         exact, int8 = load(self.onnx, self.args.num_threads), load(self.int8, self.args.num_threads)
         runs: dict[str, Callable[[], Any]] = {
             "ONNX, one at a time": lambda: [exact.predict(sentence) for sentence in self.sentences],
             "ONNX, batches of 64": lambda: exact.predict(self.sentences, batch_size=64),
             "ONNX int8, batches of 64": lambda: int8.predict(self.sentences, batch_size=64)}
-        if other := openvino_batches(self.folder / "plain.onnx", exact.tokenizer, self.args.num_threads):
-            runs["OpenVINO on the plain export, one at a time"] = partial(other, self.sentences, 1)
-            runs["OpenVINO on the plain export, batches of 64"] = partial(other, self.sentences, 64)
 
         def rate(run: Callable[[], Any]) -> float:
             begin = time.perf_counter()
@@ -196,29 +157,26 @@ class Case:
 
     def cold_starts(self, rounds: int) -> dict[str, float]:
         """Seconds from the shell to the answer to one sentence: the whole process."""
-        onnx = ["--enable_ort", "--enable_inference", f"--num_threads={self.args.num_threads}"]
+        sentence = self.folder / "sentence.txt"
+        sentence.write_text("play some jazz\n")
+        onnx = ["--enable_ort", f"--num_threads={self.args.num_threads}"]
         ways = {"PyTorch": [f"--model_path={self.model}", f"--data_dir={self.data}"],
                 "ONNX": [*onnx, f"--onnx_path={self.onnx}"],
                 "ONNX int8": [*onnx, "--quantize_onnx", f"--quantized_onnx_path={self.int8}"]}
 
         def start(flags: list[str]) -> float:
-            begin = time.perf_counter()
-            done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--input_path=-", *flags], text=True,
-                                  input="play some jazz\n", stdout=subprocess.PIPE)
-            if done.returncode or '"label"' not in done.stdout:
-                raise InputError(f"evaluate.py ended with exit status {done.returncode}; its message stands above.")
-            return time.perf_counter() - begin
+            return launch(str(ROOT / "evaluate.py"), f"--input_path={sentence}", *flags)[0]
 
         sides = {way: partial(start, flags) for way, flags in ways.items()}
         return medians(interleave(sides, rounds, warm_up=True))
 
 
-def time_answers(sides: dict[str, Answer], sentences: list[str], rounds: int, shown: str) -> dict[str, list[float]]:
+def time_answers(sides: dict[Any, Answer], sentences: list[str], rounds: int, shown: str) -> dict[Any, list[float]]:
     """Milliseconds of each sentence by each side, in turns of fifty sentences.
 
     A turn begins when the threads of the side before, which wait busily for a while, have gone to sleep.
     """
-    times: dict[str, list[float]] = {side: [] for side in sides}
+    times: dict[Any, list[float]] = {side: [] for side in sides}
     with tqdm(total=rounds * len(sentences), unit="sentence", desc=shown, disable=None) as bar:
         for _ in range(rounds):
             for start in range(0, len(sentences), 50):
@@ -247,24 +205,3 @@ def plain_session(model: Any, path: Path, num_threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def openvino_batches(path: Path, tokenizer: Any, num_threads: int) -> Callable[[list[str], int], None] | None:
-    """A function that classifies sentences in batches of like length with OpenVINO, None where it is not installed."""
-    try:
-        import openvino
-    except ImportError:
-        logger.warning("[OpenVINO is not installed: pip install openvino==2026.4.1 to measure it, too]")
-        return None
-    core = openvino.Core()
-    compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": num_threads,
-                                                     "PERFORMANCE_HINT": "LATENCY"})
-
-    def run(sentences: list[str], size: int) -> None:
-        rows = [row for row, _ in tokenizer.encode_batch(sentences)]
-        order = np.argsort([-len(row) for row in rows], kind="stable")
-        for start in range(0, len(rows), size):
-            ids, mask = pad_arrays([rows[i] for i in order[start : start + size]])
-            compiled({"input_ids": ids, "attention_mask": mask})
-
-    return run

@@ -11,53 +11,38 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.harness import figure, interleave, is_trained, medians, run_stage
+from benchmarks.harness import interleave, is_trained, medians, run_stage
 from benchmarks.inference import Case
 from util import load_checkpoint
 
 logger = logging.getLogger(__name__)
 
 THREADS = (1, 2, 4)
-FP32 = "PyTorch"
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Accuracy, milliseconds a sentence and megabytes by model and way, each in a process of its own."""
     source = Path(args.data_dir)
-    figures: list[dict[str, Any]] = []
     found: dict[str, dict[str, dict[str, float]]] = {}
-    sweep: dict[str, dict[int, float]] = {}
+    sweep: dict[str, dict[str, float]] = {}
     for name in args.inference_models:
         case = Case(name, args, source, folder / name)
         case.prepare()
-        found[name] = answer_each_way(case, train_each_way(case))
-        base = found[name][FP32]
-        for way, got in found[name].items():
-            changed = f"; {100 * got['changed']:.2f} % of the answers changed" if "changed" in got else ""
-            figures.append(figure(f"{name}, {FP32} : {way}", base["median_ms"] / got["median_ms"], "",
-                                  f"{base['median_ms']:.2f} : {got['median_ms']:.2f} ms; "
-                                  f"{100 * got['accuracy']:.2f} %; {got['mb']:.1f} MB{changed}"))
+        found[name] = answer_each_way(case)
         for form, path in (("ONNX", case.onnx), ("ONNX int8", case.int8)):
-            sweep[f"{name}, {form}"] = times = time_threads(case, path)
-            figures += [figure(f"{name}, {form}, 1 thread : {threads}", times[1] / times[threads], "",
-                               f"{times[1]:.3f} : {times[threads]:.3f} ms") for threads in THREADS[1:]]
+            sweep[f"{name}, {form}"] = time_threads(case, path)
     notes = [f"data set {source.name}, test sentences one at a time, tokenization included, medians; "
              f"{args.num_threads} threads but in the sweep; quantization-aware training: one more epoch of the fp32 "
              "model; MB: the file that answers, of DiffQ what its bits come to"]
-    return {"notes": notes, "figures": figures, "ways": found, "threads": sweep}
+    return {"notes": notes, "ways": found, "threads": sweep}
 
 
-def train_each_way(case: Case) -> dict[str, Path]:
-    """One epoch more of the fp32 model with --enable_qat, and with --enable_diffq; kept beside it."""
-    models = {way: case.model.with_name(f"{case.name}-{way}.pt") for way in ("qat", "diffq")}
-    for way, path in models.items():
+def answer_each_way(case: Case) -> dict[str, dict[str, float]]:
+    """Figures by way, the fp32 model first; those that need training are trained an epoch more, beside it."""
+    trained = {way: case.model.with_name(f"{case.name}-{way}.pt") for way in ("qat", "diffq")}
+    for way, path in trained.items():
         if not is_trained(path):
             case.train(path, "--rdrop=0", "--epoch=1", f"--enable_{way}", f"--restore_path={case.model}")
-    return models
-
-
-def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """Figures by way, the fp32 model first."""
     threads = f"--num_threads={case.args.num_threads}"
     by_scales = case.folder / "model.qat.onnx"
     run_stage("evaluate.py", f"--model_path={trained['qat']}", f"--data_dir={case.data}", "--convert_onnx",
@@ -65,7 +50,7 @@ def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str,
               f"--quantized_onnx_path={by_scales}", threads)
     onnx = ["--enable_ort", f"--onnx_path={case.onnx}"]
     ways = {
-        FP32: (case.model, []),
+        "PyTorch": (case.model, []),
         "dynamic int8": (case.model, ["--enable_dqm"]),
         "ONNX": (case.onnx, onnx),
         "ONNX int8": (case.int8, [*onnx, "--quantize_onnx", f"--quantized_onnx_path={case.int8}"]),
@@ -87,7 +72,7 @@ def answer_each_way(case: Case, trained: dict[str, Path]) -> dict[str, dict[str,
     return found
 
 
-def time_threads(case: Case, path: Path) -> dict[int, float]:
+def time_threads(case: Case, path: Path) -> dict[str, float]:
     """Median milliseconds a sentence of an ONNX file by the number of threads."""
 
     def milliseconds(threads: int) -> float:
@@ -95,7 +80,7 @@ def time_threads(case: Case, path: Path) -> dict[int, float]:
         return evaluate(case, path, *flags)["timing"]["median_ms"]
 
     sides = {str(threads): partial(milliseconds, threads) for threads in THREADS}
-    return {int(side): ms for side, ms in medians(interleave(sides, case.args.sizes.rounds, warm_up=False)).items()}
+    return medians(interleave(sides, case.args.sizes.rounds))
 
 
 def evaluate(case: Case, path: Path, *flags: str) -> dict[str, Any]:

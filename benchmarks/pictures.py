@@ -30,9 +30,8 @@ def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set(title=data_set, xlabel="accuracy on test, %", yticks=range(len(models)), yticklabels=models,
                      ylim=(len(models) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        if panels[0][0].get_legend_handles_labels()[0]:
+            figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def draw_answers(points: list[dict[str, Any]], path: Path) -> None:

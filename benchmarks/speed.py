@@ -28,7 +28,7 @@ from util import set_seed
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second by precision, padding and size of the table."""
     sizes: harness.Sizes = args.sizes
-    (source, notes), (vectors, more) = harness.find_data(args), harness.find_vectors(args)
+    source, vectors = harness.find_data(args), harness.find_vectors(args)
     harness.encode(source, folder / "data", args.config, f"--embedding_path={vectors}")
     # One step of train.py resolves the flags and the config's recipe.
     harness.run_stage("train.py", f"--config={args.config}", f"--data_dir={folder / 'data'}", "--embedding_trainable",
@@ -39,9 +39,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     precision = choose_precision("auto", device)
     data = EncodedData(folder / "data/train.txt.ids")
     seen, n_ctx = data.encoding.seen_rows, config["n_ctx"]
-    notes += [*more, f"data set {source.name}: {len(data):,} sentences of {data.lengths.mean():.1f} words, n_ctx "
-              f"{n_ctx}, batches of {flags['batch_size']}", f"config {Path(args.config).name}, {seen:,} trained word "
-              "vectors", f"precision auto: {precision}"]
+    notes = [f"data set {source.name}: {len(data):,} sentences of {data.lengths.mean():.1f} words, n_ctx {n_ctx}, "
+             f"batches of {flags['batch_size']}", f"config {Path(args.config).name}, {seen:,} trained word vectors",
+             f"precision auto: {precision}"]
 
     def rate(table: torch.Tensor, precision: str, padded: bool = False) -> float:
         def make() -> Classifier:
@@ -58,14 +58,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if precision != "no":
         sides[f"{precision}, bucketed"] = lambda: rate(table, precision)
     rates = harness.interleave(sides, sizes.rounds, warm_up=True)
-    figures = [harness.rate_figure("training, ", harness.medians(rates), name, base,
-                                   ">= 6" if name.startswith("fp32") else ">= 8") for name in rates if name != base]
+    figures = [harness.rate_figure("training, ", harness.medians(rates), name, base) for name in rates if name != base]
     large, small = (max(words, seen) for words in sizes.tables)
     rows = torch.randn(large, table.shape[1])
     tables = harness.interleave({f"table of {words}": partial(rate, rows[:words], precision)
                                  for words in (large, small)}, sizes.rounds, warm_up=True)
     one, two = harness.medians(tables).values()
-    figures.append(harness.figure(f"training, table of {large:,} words : of {small:,}", one / two, ">= 0.9",
+    figures.append(harness.figure(f"training, table of {large:,} words : of {small:,}", one / two,
                                   f"{one:,.0f} : {two:,.0f} sentences a second"))
     return {"notes": notes, "figures": figures, "device": device.type, "sentences_a_second": rates | tables}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -106,28 +107,24 @@ def ratios(name: str, results: Path) -> str:
 
 def by_model(name: str, results: Path) -> str:
     """A column a model: how each form of it answers, then batches, cold starts and threads where they were measured."""
-    cells: dict[str, dict[str, str]] = {}
-
-    def add(row: str, model: str, cell: str) -> None:
-        cells.setdefault(row, {})[model] = cell
-
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
     with read_results(results / f"{name}.json") as found:
         points = found.get("points") or [{"model": model, "form": form, **got}
                                          for model, forms in found["ways"].items() for form, got in forms.items()]
         for point in points:
             size = f", {point['mb']:.0f} MB" if "mb" in point else ""
-            add(point["form"], point["model"],
-                f"{number(point['median_ms'])} ms, {100 * point['accuracy']:.2f} %{size}")
+            cells[point["form"]][point["model"]] = (f"{number(point['median_ms'])} ms, "
+                                                    f"{100 * point['accuracy']:.2f} %{size}")
         for model, rates in found.get("sentences_a_second", {}).items():
             for form, rate in rates.items():
-                add(form, model, f"{rate:,.0f} a second")
+                cells[form][model] = f"{rate:,.0f} a second"
         for model, starts in found.get("cold_seconds", {}).items():
             for form, seconds in starts.items():
-                add(f"{form}, cold start", model, f"{seconds:.2f} s")
+                cells[f"{form}, cold start"][model] = f"{seconds:.2f} s"
         for side, times in (found["threads"] if name == "int8" else {}).items():
             model, _, form = side.partition(", ")
             for threads, time in times.items():
-                add(f"{form}, {threads} thread{'s' * (threads != '1')}", model, f"{number(time)} ms")
+                cells[f"{form}, {threads} thread{'s' * (threads != '1')}"][model] = f"{number(time)} ms"
         models = list(dict.fromkeys(point["model"] for point in points))
         rows = [[row, *(of.get(model, "") for model in models)] for row, of in cells.items()]
         return markdown(["a sentence", *models], rows, "; ".join(found["notes"]))
@@ -146,22 +143,20 @@ def by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
 
 def accuracy(results: Path) -> str:
     """The accuracy of each model on each data set: the mean, and each seed in brackets."""
-    with read_results(results / "accuracy.json"):
-        rows = newest_rows(results / "accuracy.json")
-        cells = by_cell(rows)
-        data_sets = list(dict.fromkeys(data_set for _, data_set in cells))
-        made = [[model] for model in dict.fromkeys(model for model, _ in cells)]
-        for line in made:
-            for found in (cells.get((line[0], data_set), []) for data_set in data_sets):
-                each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
-                line.append(f"{statistics.mean(found):.2f}{each}" if found else "")
-        return markdown(["accuracy, %", *data_sets], made, caption(rows))
+    rows = newest_rows(results / "accuracy.json")
+    cells = by_cell(rows)
+    data_sets = list(dict.fromkeys(data_set for _, data_set in cells))
+    made = [[model] for model in dict.fromkeys(model for model, _ in cells)]
+    for line in made:
+        for found in (cells.get((line[0], data_set), []) for data_set in data_sets):
+            each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
+            line.append(f"{statistics.mean(found):.2f}{each}" if found else "")
+    return markdown(["accuracy, %", *data_sets], made, caption(rows))
 
 
 def accuracy_on(data_set: str, results: Path) -> str:
     """The accuracy of each model on one data set: the mean, and each seed."""
-    with read_results(results / "accuracy.json"):
-        cells = by_cell(newest_rows(results / "accuracy.json"))
+    cells = by_cell(newest_rows(results / "accuracy.json"))
     rows = [[model, f"{statistics.mean(found):.2f}", ", ".join(f"{one:.2f}" for one in found)]
             for (model, one), found in cells.items() if one == data_set]
     return markdown(["model", "accuracy, %", "seeds"], rows)
@@ -194,14 +189,12 @@ def overview(results: Path) -> str:
 
 def overview_rows(results: Path) -> list[tuple[str, dict[str, float], list[float], list[float]]]:
     """What is shown, accuracies in percent by data set, milliseconds and megabytes: in int8 and fp32, or as trained."""
-    times: dict[str, dict[str, float]] = {}
     sizes: dict[tuple[str, str], float] = {}
-    with read_results(results / "accuracy.json"):
-        rows = newest_rows(results / "accuracy.json")
-        cells = by_cell(rows)
-        for model in (model for model, data_set in cells if data_set == "snips"):
-            own = [row["ms"] for row in rows if (row["model"], row["data_set"]) == (model, "snips")]
-            times[model] = {"as trained": statistics.median(own)}
+    rows = newest_rows(results / "accuracy.json")
+    cells = by_cell(rows)
+    times = {model: {"as trained": statistics.median(row["ms"] for row in rows if row["model"] == model
+                                                     and row["data_set"] == data_set)}
+             for model, data_set in cells if data_set == "snips"}
     if (path := results / "inference.json").exists():
         with read_results(path) as found:
             for point in found["points"]:

@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     """After `make test-matrix`: the table of all architectures that the matrix has figures of."""
     if "matrix" not in (config.option.markexpr or "") or "not matrix" in config.option.markexpr:
         return
-    from benchmarks.accuracy import code_hash
+    from helpers import code_hash
 
     rows = [json.loads(path.read_text()) for path in sorted((ROOT / ".matrix").glob(f"*-{code_hash()}.json"))]
     terminalreporter.write_line("\n| architecture | encoder | valid loss, first to best | test accuracy | "

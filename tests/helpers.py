@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -244,3 +246,25 @@ def make_run_info(**changes: Any) -> Any:
                             vocab_sha256="0")
     return RunInfo(**{"run_id": "a", "identity": "a", "config": {}, "flags": {}, "encoding": encoding, "vocabulary": "",
                       "embedding": {}, "versions": {}, "git_revision": "", "date": "", "command": "", **changes})
+
+
+# The code that decides a run's weights; another version of it makes kept figures stale.
+DECISIVE = ("preprocess.py", "train.py", "cli/training_flags.py", "training/run.py", "training/speedups.py",
+            "training/trainer.py", "training/losses.py", "model.py", "dataset.py", "text/lines.py", "text/vectors.py",
+            "text/vocabulary.py", "pretrained/loading.py", "pretrained/layout.py", "pretrained/masking.py",
+            "pretrained/surgery.py")
+
+
+def code_hash(files: tuple[str, ...] = DECISIVE) -> str:
+    """A checksum of what some files define, but for comments, docstrings, layout, imports and which file defines it."""
+    definitions = []
+    for name in files:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            for field in ("body", "orelse", "finalbody"):
+                if isinstance(block := getattr(node, field, None), list):
+                    setattr(node, field, [one for one in block if not isinstance(one, ast.Import | ast.ImportFrom)])
+        definitions += [ast.dump(node) for node in tree.body]
+    return hashlib.sha256("\n".join(sorted(definitions)).encode()).hexdigest()[:12]

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 from architectures import make_model
 from conftest import Place
@@ -65,12 +66,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Stages replaced by a list of what was trained."""
     done: list[tuple[str, int]] = []
 
-    def train_and_test(data: Path, config: str, flags: list[str], key: dict[str, Any], kept: Path | None,
-                       force: bool = False) -> dict[str, Any]:
+    def train_and_test(args: Any, data: Path, name: str, flags: list[str], key: dict[str, Any]) -> dict[str, Any]:
         seed = key["seed"]
         if len(done) == 2 and seed == 3:
             raise KeyboardInterrupt
-        done.append((Path(config).stem, seed))
+        done.append((name, seed))
         return {"accuracy": 0.9 + seed / 1000, "valid_accuracy": 0.9, "train_seconds": 1.0, "ms": 1.0}
 
     def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
@@ -98,11 +98,7 @@ def test_accuracy_resumes(encoded: Place, configs: None, trained: list[tuple[str
     run(*argv)
     assert trained[3:] == []
     run(*argv, "--force")
-    assert len(trained[3:]) == 6 and len(result("accuracy")["rows"]) == 7
-    del trained[3:]
-    monkeypatch.setattr(accuracy, "code_hash", lambda *files: "another")  # the old rows are replaced
-    run(*argv[:4], "gnb", "--seeds", 1)
-    assert trained[3:] == [("gnb", 1)] and len(result("accuracy")["rows"]) == 7
+    assert len(trained[3:]) == 6 and len(result("accuracy")["rows"]) == 7  # the old rows are replaced
 
 
 def test_a_new_recipe_keeps_the_old_rows_and_shows_the_new(encoded: Place, configs: None, trained: list[Any],
@@ -168,7 +164,6 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     run("chain", f"--data_dir={source}", "--checkpoints=kept", f"--embedding_path={raw.vectors}",
         f"--bert_model_name_or_path={bert}", "--num_threads=1")
     found = result("chain")
-    assert len(found["figures"]) == 3 * (1 + len(students)) + 1
     assert "| a sentence | minilm-cls | cnn-taught | minilm-3-augmented | minilm-3-pruned |" in capsys.readouterr().out
     sizes = {(point["model"], point["form"]): point["mb"] for point in found["points"]}
     assert sizes["minilm-3-pruned", "ONNX"] < sizes["minilm-3-augmented", "ONNX"] < sizes["minilm-cls", "ONNX"]
@@ -197,12 +192,12 @@ def test_folds(encoded: Place, configs: None, trained: list[tuple[str, int]], mo
 
 
 def test_the_code_hash_is_of_definitions_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(helpers, "ROOT", tmp_path)
 
     def hashed(*texts: str) -> str:
         for number, text in enumerate(texts):
             (tmp_path / f"{number}.py").write_text(text)
-        return runs.code_hash(tuple(f"{number}.py" for number in range(len(texts))))
+        return helpers.code_hash(tuple(f"{number}.py" for number in range(len(texts))))
 
     f, g = "def f():\n    return 1\n", "def g():\n    return 2\n"
     first = hashed(f, g)
@@ -210,26 +205,6 @@ def test_the_code_hash_is_of_definitions_alone(monkeypatch: pytest.MonkeyPatch, 
     assert hashed(dressed, f"# why\n\n{g}") == first
     assert hashed(f"from elsewhere import h\n{g}", f) == hashed("", f + g) == first  # moved
     assert len({first, hashed(f, g.replace("2", "3")), hashed(f)}) == 3
-
-
-@pytest.mark.parametrize("files", [runs.DECISIVE, runs.DECISIVE_FOR_TEXT, runs.DECISIVE_FOR_STUDENTS])
-def test_decisive_files_are_there(files: tuple[str, ...]) -> None:
-    assert all((ROOT / name).is_file() for name in files) and runs.code_hash(files)
-
-
-def test_restamp_marks_rows_as_made_by_todays_code(tmp_path: Path) -> None:
-    path = tmp_path / "accuracy.json"
-    old = [{"model": model, "data_set": data_set, "code": code, "accuracy": 0.9}
-           for model, data_set, code in (("cnn", "snips", "a"), ("cnn-taught", "snips", "b"),
-                                         ("fastText", "snips", "a"), ("cnn", "snips, held out", "a"))]
-    accuracy.write_json({"rows": old}, path)
-    accuracy.restamp(path, was={"b"})
-    assert [row["code"] for row in accuracy.read_rows(path)] == ["a", accuracy.current_code("cnn-taught"), "a", "a"]
-    accuracy.restamp(path)
-    rows = accuracy.read_rows(path)
-    codes = [row.pop("code") for row in rows]
-    assert codes == [*map(accuracy.current_code, ("cnn", "cnn-taught", "fastText")), "a"] and len(set(codes)) == 4
-    assert rows == [{key: row[key] for key in row if key != "code"} for row in old]
 
 
 def test_recipes_are_whole(tmp_path: Path) -> None:
@@ -245,17 +220,19 @@ def test_recipes_are_whole(tmp_path: Path) -> None:
         augment_data.get_params(["--input=a", "--output=b", *teaching.augment_flags.split()])
 
 
-def test_a_kept_run_of_other_code_is_moved_aside(tmp_path: Path) -> None:
-    folder, key = tmp_path / "run", {"recipe": "a", "code": "b", "seed": 1}
-    assert not runs.go_on(folder, key, force=False)
+def test_a_kept_run_of_another_recipe_is_moved_aside(tmp_path: Path) -> None:
+    folder = runs.keep_run(tmp_path / "run", "a", force=False)
     (folder / "model.pt.state").touch()
-    assert runs.go_on(folder, key, force=False) and runs.go_on(folder, key, force=True)  # cut off: goes on
-    assert not runs.go_on(folder, {**key, "code": "c"}, force=False)
-    assert (tmp_path / "run.before-1/model.pt.state").exists() and not (folder / "model.pt.state").exists()
+    for force in (False, True):
+        runs.keep_run(folder, "a", force)
+        assert (folder / "model.pt.state").exists()  # cut off: goes on
+    runs.keep_run(folder, "b", force=False)
+    assert (tmp_path / "run.previous/model.pt.state").exists() and not (folder / "model.pt.state").exists()
     (folder / "model.pt.train.json").touch()
-    assert runs.go_on(folder, {**key, "code": "c"}, force=False)
-    assert not runs.go_on(folder, {**key, "code": "c"}, force=True)
-    assert (tmp_path / "run.before-2/model.pt.train.json").exists()
+    runs.keep_run(folder, "b", force=False)
+    assert (folder / "model.pt.train.json").exists()
+    runs.keep_run(folder, "b", force=True)
+    assert (tmp_path / "run.previous.2/model.pt.train.json").exists()
 
 
 def test_one_fold_leaves_nothing_to_train_on(raw: Place) -> None:

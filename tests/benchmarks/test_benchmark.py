@@ -34,8 +34,7 @@ def check_figures(name: str, printed: str, count: int) -> dict[str, Any]:
     assert len(found["figures"]) == count
     for row in found["figures"]:
         assert row["ratio"] > 0
-        if name != "int8":  # whose table has a column a model
-            assert f"| {row['measured']} | {tables.number(row['ratio'])} | {row['beside']} |" in printed
+        assert f"| {row['measured']} | {tables.number(row['ratio'])} | {row['beside']} |" in printed
     assert not list(Path(".bench").iterdir())
     assert str(Path.cwd()) not in json.dumps(found) + printed
     return found
@@ -55,7 +54,6 @@ def test_speed(raw: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     found = check_figures("speed", capsys.readouterr().out, 3)
     assert set(found["sentences_a_second"]) == {"fp32, padded to n_ctx", "fp32, bucketed", "bf16, bucketed",
                                                 "table of 3000", "table of 1000"}
-    assert [row["aim"] for row in found["figures"]] == [">= 6", ">= 8", ">= 0.9"]
     assert sorted(path.name for path in raw.data.iterdir()) == before
     assert not Path("pytorch-model.pt").exists()
 
@@ -94,11 +92,10 @@ def test_finetune(raw: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_augment(raw: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run("augment", f"--data_dir={raw.data}")
-    found = check_figures("augment", capsys.readouterr().out, 4)
-    assert [row["aim"] for row in found["figures"]] == [">= 1", "", "", "<= 1.1"]
-    assert all(one["sentences"] == 46 and one["lines"] > 46 and one["peak_mb"] > 10 for one in found["runs"])
-    assert {(one["n_iter"], one["parallel"]) for one in found["runs"]} == {
-        (5, False), (20, False), (20, True)}
+    found = check_figures("augment", capsys.readouterr().out, 3)
+    assert set(found["runs"]) == {"n_iter 5", "one process", "parallel"}
+    assert all(one["sentences"] == 46 and one["lines"] > 46 and one["peak_mb"] > 10
+               for (one,) in found["runs"].values())
 
 
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.matrix)])
@@ -111,7 +108,8 @@ def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]
                                                             "ONNX int8"}
     assert all(point["median_ms"] > 0 and 0 <= point["accuracy"] <= 1 for point in found["points"])
     assert set(found["cold_seconds"]["cnn"]) == {"PyTorch", "ONNX", "ONNX int8"}
-    assert [row["aim"] for row in found["figures"] if row["aim"]] == [">= 4", "<= 1"]
+    assert [row["measured"].rpartition(" : ")[2] for row in found["figures"]] == ["PyTorch", "PyTorch dynamic int8",
+                                                                                   "ONNX", "ONNX int8"]
     assert "\n| ONNX, cold start | 0." in capsys.readouterr().out
     assert Path("results/inference.png").read_bytes().startswith(b"\x89PNG")
     if again:
@@ -125,7 +123,8 @@ def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]
 def test_every_way_of_int8(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]) -> None:
     run("int8", "--inference_models", "cnn", f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}",
         "--checkpoints=kept", "--num_threads=1")
-    found = check_figures("int8", capsys.readouterr().out, 8 + 4)
+    assert "| QAT, ONNX int8 |" in capsys.readouterr().out
+    found = result("int8")
     ways = found["ways"]["cnn"]
     assert set(ways) == {"PyTorch", "dynamic int8", "ONNX", "ONNX int8", "QAT", "QAT, compiled graph",
                          "QAT, ONNX int8", "DiffQ"}
@@ -139,16 +138,17 @@ def test_gpu_where_there_is_none() -> None:
     assert "a CUDA device, and there is none" in refusal(benchmark.main, "gpu")
 
 
-def test_the_sample_stands_in_for_a_default_data_set_alone(raw: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_stands_in_for_a_default_data_set_alone(raw: Place, monkeypatch: pytest.MonkeyPatch,
+                                                           caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(raw.root)
     args = benchmark.get_params([])
-    assert harness.find_data(args) == (ROOT / "data/sample", ["snips is not here: measured on data/sample"])
-    assert harness.find_vectors(args) == ("none", ["glove.6B.300d.txt is not here: no pretrained vectors"])
+    assert harness.find_data(args) == ROOT / "data/sample" and harness.find_vectors(args) == "none"
+    assert "snips is not here" in caplog.text and "no pretrained vectors" in caplog.text
     for verb in ("speed", "augment"):
         assert "data/nowhere/train.txt: no such file" in refusal(benchmark.main, verb, "--data_dir=data/nowhere")
-    assert harness.find_vectors(benchmark.get_params(["--embedding_path=nothing.txt"])) == ("nothing.txt", [])
+    assert harness.find_vectors(benchmark.get_params(["--embedding_path=nothing.txt"])) == "nothing.txt"
     args = benchmark.get_params([f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}"])
-    assert harness.find_data(args) == (raw.data, []) and harness.find_vectors(args) == (str(raw.vectors), [])
+    assert harness.find_data(args) == raw.data and harness.find_vectors(args) == str(raw.vectors)
 
 
 def test_vectors_and_memory(raw: Place, capsys: pytest.CaptureFixture[str]) -> None:

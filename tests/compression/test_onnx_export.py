@@ -16,11 +16,10 @@ from architectures import ARCHITECTURES
 from cases import Case, onnx_flags, train_case
 from conftest import Place
 from graphs import ROWS, make_words, operators
-from helpers import DIM, ENCODERS, ROOT, refusal, snapshot, write_config
+from helpers import DIM, ENCODERS, ROOT, code_hash, refusal, snapshot, write_config
 
 import evaluate
 import train
-from benchmarks.accuracy import code_hash
 from compression import onnx_export as export
 from dataset import pad
 from model import Classifier, Stack, WordEmbedding, load_classifier

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from cases import make_case
-from helpers import ENCODERS, ROOT, refusal, write_config
+from helpers import ENCODERS, ROOT, code_hash, refusal, write_config
 from test_quantization import TRAINED_WAYS, predicted, results, share
 
 import evaluate
 import preprocess
 import train
-from benchmarks.accuracy import code_hash
 
 TRANSFORMERS = ("BERT", "DistilBERT", "SqueezeBERT", "MobileBERT", "ALBERT", "RoBERTa", "ELECTRA", "DeBERTa-v2",
                 "ConvBERT", "BART", "GPT-2", "ModernBERT")

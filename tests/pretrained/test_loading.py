@@ -12,13 +12,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, LAYERS, POSITIONS, make_model
 from cases import Case, make_case, sample
-from helpers import ROOT, make_config, refusal, same_weights, snapshot, write_config
+from helpers import ROOT, code_hash, make_config, refusal, same_weights, snapshot, write_config
 
 import augment_data
 import evaluate
 import preprocess
 import train
-from benchmarks.accuracy import code_hash
 from compression.onnx_export import ready_for_export
 from dataset import EncodedData, pad
 from model import TransformerEmbedding, build_model, load_classifier
