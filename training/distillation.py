@@ -48,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 LOGITS_FORMAT = "teacher-logits-1"
 
-# ---------------------------------------------------------------------------------------------------------- losses
-
-
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> [B]."""
     p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
@@ -102,15 +99,11 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     return total / len(student)
 
 
-# --------------------------------------------------------------------------------------------------------- teacher
-
-
 class Teacher(nn.Module):
     """A trained classifier that answers in the order of the student's labels.
 
     Args:
-        checkpoint: as train.py wrote it.
-        path: its file, for messages.
+        path: the checkpoint's file, for messages.
         folders: where to look for frozen word vectors.
         labels: the student's.
 
@@ -125,11 +118,8 @@ class Teacher(nn.Module):
             raise InputError(f"{path}: the teacher's labels ({', '.join(own.names)}) are not those of the student's "
                              f"data ({', '.join(labels.names)}).")
         self.path = path
-        self.run_id = checkpoint.run.run_id
-        self.encoding = checkpoint.run.encoding
-        self.labels = labels
+        self.run = checkpoint.run
         self.model: Classifier = load_classifier(checkpoint, folders)
-        self.vocabulary = checkpoint.run.vocabulary
         self.order: Tensor
         self.register_buffer("order", torch.tensor([own.index()[name] for name in labels.names]), persistent=False)
 
@@ -140,11 +130,11 @@ class Teacher(nn.Module):
     def reads_like(self, encoding: EncodingInfo) -> bool:
         """Whether this encoding has the token ids that the teacher's own tokenizer makes of the same text."""
         same = ("kind", "vocab_sha256", "n_ctx", "tokenizer", "lowercase", "truncation_side")
-        return all(getattr(self.encoding, fact) == getattr(encoding, fact) for fact in same)
+        return all(getattr(self.run.encoding, fact) == getattr(encoding, fact) for fact in same)
 
     def tokenizer(self, augmented: bool) -> Tokenizer:
         """The teacher's own tokenizer; `augmented`: a [MASK] in the text is the mask token."""
-        return make_tokenizer(self.vocabulary, replace(self.encoding, augmented=augmented))
+        return make_tokenizer(self.run.vocabulary, replace(self.run.encoding, augmented=augmented))
 
 
 def read_sentences(data: EncodedData) -> Iterator[str]:
@@ -177,7 +167,7 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
     Raises:
         InputError: a logit is not finite, or the raw text is missing.
     """
-    if labelled_by(data) == teacher.run_id:
+    if labelled_by(data) == teacher.run.run_id:
         logger.info("[the teacher's answers to %s] are its labels", data.source)
         return np.asarray(data.targets, dtype=np.float32)
     path = data.source.with_name(f"{data.source.name}.teacher")
@@ -224,24 +214,15 @@ class TaughtBatch(Batch):
 
 
 class TaughtData(EncodedData):
-    """Encoded data with the teacher's answers.
-
-    Args:
-        path: the encoded file.
-        logits: [N, C].
-    """
+    """Encoded data with the teacher's answers [N, C]."""
 
     def __init__(self, path: Path, logits: np.ndarray) -> None:
         super().__init__(path)
         self.logits = logits
 
     def batch(self, indices: Sequence[int]) -> TaughtBatch:
-        batch = super().batch(indices)
         answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
-        return TaughtBatch(batch.input_ids, batch.attention_mask, batch.targets, answers)
-
-
-# --------------------------------------------------------------------------------------------------------- student
+        return TaughtBatch(**vars(super().batch(indices)), teacher_logits=answers)
 
 
 def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, config: dict[str, Any],
@@ -295,7 +276,6 @@ class DistillationTrainer(Trainer):
 
     Args:
         run: its training data hold the teacher's logits.
-        teacher: computes hidden states and attentions, where the flags ask for them.
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -385,6 +365,5 @@ class DistillationTrainer(Trainer):
 
     def checkpoint_weights(self) -> dict[str, Any]:
         weights = super().checkpoint_weights()
-        weights["model"] = {name: value for name, value in weights["model"].items()
-                            if not name.startswith("projection.")}
-        return weights
+        return {**weights, "model": {name: value for name, value in weights["model"].items()
+                                     if not name.startswith("projection.")}}

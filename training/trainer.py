@@ -163,6 +163,9 @@ class Trainer:
     def __init__(self, run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
         model, args, accelerator, state = run.model, run.args, run.accelerator, run.state
         self.args = args
+        self.state_path = Path(f"{args.save_path}.state")  # where --resume finds the run
+        # The state at the end of the last epoch, where the other is within one: for other numbers of processes.
+        self.epoch_path = Path(f"{self.state_path}.epoch")
         self.info = run.info
         self.accelerator = accelerator
         self.on_epoch = on_epoch
@@ -182,7 +185,10 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * args.epoch
         if args.max_train_steps:
             self.total_steps = min(self.total_steps, args.max_train_steps)
-        warmup = self._warmup_steps()
+        warmup = args.num_warmup_steps
+        if warmup is None:
+            warmup = round(args.warmup_epoch * self.steps_per_epoch if args.warmup_epoch
+                           else args.warmup_ratio * self.total_steps)
 
         self.progress = Progress(EarlyStopping(args.measure, args.patience))
         self.losses: list[Tensor] = []  # of batches, on the device, not yet in the progress
@@ -196,8 +202,7 @@ class Trainer:
                                       fused=accelerator.device.type in ("cpu", "cuda"))
         self.quantization = start_quantization(model, optimizer, args)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
-        )
+            optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps))
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         if state and not self.progress.finished:
             model.load_state_dict(state["model"])  # before DeepSpeed shares the weights out
@@ -210,26 +215,6 @@ class Trainer:
             torch.manual_seed(args.seed + SEED_DISTANCE * accelerator.process_index)
         if state and not self.progress.finished:
             self._load_rest(state)
-
-    def _warmup_steps(self) -> int:
-        args = self.args
-        if args.num_warmup_steps is not None:
-            return args.num_warmup_steps
-        if args.warmup_epoch:
-            return round(args.warmup_epoch * self.steps_per_epoch)
-        return round(args.warmup_ratio * self.total_steps)
-
-    # -------------------------------------------------------------------------------------------------- state files
-
-    @property
-    def state_path(self) -> Path:
-        """Where --resume finds the run."""
-        return Path(f"{self.args.save_path}.state")
-
-    @property
-    def epoch_path(self) -> Path:
-        """The state at the end of the last epoch, where `state_path` is within one: for other numbers of processes."""
-        return Path(f"{self.state_path}.epoch")
 
     def save_state(self) -> None:
         """Write all that a resumed run needs to go on as if it had never stopped. To be called in all processes."""
@@ -306,8 +291,6 @@ class Trainer:
             state["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         return state
 
-    # -------------------------------------------------------------------------------------------------------- steps
-
     def fit(self) -> dict[str, Any]:
         """Train to the end. Returns the metrics of the best model."""
         if self.progress.finished:
@@ -355,13 +338,12 @@ class Trainer:
     def _groups(self) -> Iterator[tuple[list[Batch], int]]:
         """What is left of the epoch, by optimizer steps: this process's batches, and the examples of all processes."""
         steps = self.sampler.batches()[self.progress.position :]
-        batches = prefetch(self.train_data.batch, (part for step in steps for part in self._shard(step)),
+        parts = functools.partial(shard, size=self.args.batch_size, processes=self.processes,
+                                  process=self.accelerator.process_index)
+        batches = prefetch(self.train_data.batch, (part for step in steps for part in parts(step)),
                            self.accelerator.device.type == "cuda")
         for step in steps:
-            yield [next(batches) for _ in self._shard(step)], len(step)
-
-    def _shard(self, step: Any) -> list[list[int]]:
-        return shard(step, self.args.batch_size, self.processes, self.accelerator.process_index)
+            yield [next(batches) for _ in parts(step)], len(step)
 
     def train_step(self, group: list[Batch], examples: int) -> None:
         """One optimizer step; the gradient is that of the mean over all of the step's examples.
@@ -439,8 +421,6 @@ class Trainer:
         if self.quantization:
             loss = loss + self.quantization.penalty()
         return loss.sum()
-
-    # --------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
