@@ -259,9 +259,8 @@ def keep_inside(embedding: Any, attentions: bool, path: str) -> None:
         raise InputError(f"{path}: --state_loss_ratio and --att_loss_ratio are for transformers, and this is none.")
     embedding.keep_output(attentions)
     kind = embedding.transformer.config.model_type
-    embedding.eval()
     with torch.no_grad():
-        embedding(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+        embedding.eval()(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
     if not getattr(embedding.output, "hidden_states", None):
         raise InputError(f"{path}: {kind} models do not tell the hidden states of one stack of layers; distil their "
                          "logits alone.")
@@ -304,15 +303,15 @@ class DistillationTrainer(Trainer):
                              "out, or encode the data as for the teacher.")
         for embedding, path in ((self.guide, teacher.path), (self.student, args.config)):
             keep_inside(embedding, bool(args.att_loss_ratio), path)
-        layers = [embedding.transformer.config.num_hidden_layers for embedding in (self.student, self.guide)]
+        layers, guides = (embedding.transformer.config.num_hidden_layers for embedding in (self.student, self.guide))
         widths = [embedding.output_size for embedding in (self.student, self.guide)]
-        if layers[0] > layers[1]:
-            raise InputError(f"{teacher.path}: the student has {layers[0]} layers and the teacher {layers[1]}, so that "
+        if layers > guides:
+            raise InputError(f"{teacher.path}: the student has {layers} layers and the teacher {guides}, so that "
                              "layers cannot be matched; leave --state_loss_ratio and --att_loss_ratio out.")
         if args.state_loss_ratio and widths[0] > widths[1]:
             raise InputError(f"{teacher.path}: the student's hidden states are wider ({widths[0]}) than the teacher's "
                              f"({widths[1]}), which cannot guide them all; leave --state_loss_ratio out.")
-        self.pairs = list(enumerate(matched_layers(layers[0], layers[1]), 1))
+        self.pairs = list(enumerate(matched_layers(layers, guides), 1))
         logger.info("[layers] student, teacher: %s", ", ".join(f"{m} - {n}" for m, n in self.pairs))
         if args.state_loss_ratio and widths[0] != widths[1]:
             # A part of the model, so that it is optimized, clipped and resumed with it; checkpoints leave it out.

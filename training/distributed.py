@@ -74,11 +74,7 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
 
 
 def reset_accelerate(processes: bool = False) -> None:
-    """Forget what accelerate knows of this process, so that another Accelerator may have other settings.
-
-    Args:
-        processes: forget the group of processes, too.
-    """
+    """Forget what accelerate knows of this process (and of its group), so that another Accelerator may differ."""
     AcceleratorState._reset_state(reset_partial_state=processes)  # it has no public name
 
 
@@ -224,7 +220,6 @@ def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator:
     """The optimizer's state dict in torch's layout, whole in the main process. To be called by all processes.
 
     Args:
-        optimizer: as accelerate prepared it.
         parameters: those of the optimizer, in its order.
     """
     if not is_sharded(accelerator):
@@ -285,13 +280,10 @@ def end_processes() -> None:
 
 @contextlib.contextmanager
 def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
-    """End the block with a sentence when another process dies, or when the launcher ends all processes for that.
+    """End the block with an InputError when another process dies, or when the launcher ends all processes for that.
 
     Args:
         advice: what to do then.
-
-    Raises:
-        InputError: with the sentence.
     """
     if accelerator.num_processes == 1:
         yield

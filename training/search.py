@@ -151,30 +151,19 @@ class NoScore(Exception):
 
 @dataclass
 class Search:
-    """One worker of a study.
+    """One worker of a study."""
 
-    Attributes:
-        study: shared with the other workers.
-        heartbeats: whether its storage tells of workers on other hosts that are gone.
-        space: see check_space.
-        base: the trials' command line without the flags of the space.
-        folder: for the trials' files.
-        total: trials of all workers together.
-        parser, get_params, run: train.py's.
-        number: of the trial that runs.
-    """
-
-    study: Study
-    heartbeats: bool
-    space: dict[str, Any]
-    base: list[str]
-    folder: Path
-    total: int
-    parser: Parser
+    study: Study  # shared with the other workers
+    heartbeats: bool  # whether its storage tells of workers on other hosts that are gone
+    space: dict[str, Any]  # see check_space
+    base: list[str]  # the trials' command line without the flags of the space
+    folder: Path  # for the trials' files
+    total: int  # trials of all workers together
+    parser: Parser  # this and the two below are train.py's
     get_params: Callable[..., Any]
     run: Callable[..., dict[str, Any]]
     me: dict[str, Any] = field(default_factory=this_worker)
-    number: int = -1
+    number: int = -1  # of the trial that runs
 
     def trials(self) -> list[FrozenTrial]:
         """The trials that count: running, complete and pruned ones, and those that failed by themselves.

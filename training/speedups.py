@@ -148,11 +148,7 @@ class PartialEmbedding(nn.Embedding):
 
 
 def train_read_rows(transformer: Any, token_ids: Any) -> None:
-    """Train only those rows of a transformer's token table that the data read, unless more than lookups use the table.
-
-    Args:
-        token_ids: all of the training data's, an array of integers.
-    """
+    """Train only those rows of a transformer's token table that the data read, if only lookups use the table."""
     module = transformer.get_input_embeddings()
     weight = module.weight
     users = sum(parameter is weight for one in transformer.modules() for parameter in one.parameters(recurse=False))

@@ -87,16 +87,11 @@ class EarlyStopping:
     A model as accurate as the best so far is kept, yet it is no gain that patience counts: a small valid file is soon
     answered as well as it ever will be, while training goes on to help other data. The loss does not break such ties
     well, since it punishes confidence, which grows with training.
-
-    Attributes:
-        measure: "loss", "accuracy" or "last".
-        patience: epochs.
-        gained: whether this epoch has a gain.
     """
 
-    measure: str
-    patience: int
-    gained: bool = False
+    measure: str  # "loss", "accuracy" or "last"
+    patience: int  # epochs
+    gained: bool = False  # in this epoch
     epochs_without_gain: int = 0
 
     def is_better(self, metrics: dict[str, float], best: dict[str, Any]) -> bool:
@@ -121,23 +116,16 @@ class EarlyStopping:
 
 @dataclass
 class Progress:
-    """Where a run stands; a state file carries it.
-
-    Attributes:
-        position: steps of the epoch that are done.
-        loss_sum, loss_count: of the examples since the last evaluation.
-        best: metrics of the model that is kept.
-        history: metrics of each evaluation.
-    """
+    """Where a run stands; a state file carries it."""
 
     stopping: EarlyStopping
     step: int = 0
     epoch: int = 0
-    position: int = 0
-    loss_sum: float = 0.0
+    position: int = 0  # steps of the epoch that are done
+    loss_sum: float = 0.0  # of the examples since the last evaluation
     loss_count: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)  # metrics of the model that is kept
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each evaluation
     finished: bool = False
 
     @classmethod
@@ -150,7 +138,6 @@ class Trainer:
     """Trains a classifier on encoded data and keeps the best checkpoint.
 
     Args:
-        run: what training begins with.
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
             (the newest of the history), in all processes; what it raises ends the training.
 
@@ -219,6 +206,9 @@ class Trainer:
     def save_state(self) -> None:
         """Write all that a resumed run needs to go on as if it had never stopped. To be called in all processes."""
         state: dict[str, Any] = {"processes": self.processes, "progress": asdict(self.progress)}
+        random = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         with contextlib.ExitStack() as stack:
             if not self.progress.finished:
                 stack.enter_context(whole_weights(self.plain_model, self.accelerator))
@@ -228,7 +218,7 @@ class Trainer:
                     "scheduler": {"last_epoch": self.scheduler.last_epoch},
                     "average": self.average.state_dict() if self.average else None,
                     "quantization": self.quantization.state_dict() if self.quantization else None,
-                    "random": gather(self._random_state(), self.accelerator),
+                    "random": gather(random, self.accelerator),
                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 }
             if self.accelerator.is_main_process:
@@ -285,12 +275,6 @@ class Trainer:
         else:
             torch.manual_seed(self.args.seed + self.progress.step + SEED_DISTANCE * self.accelerator.process_index)
 
-    def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        return state
-
     def fit(self) -> dict[str, Any]:
         """Train to the end. Returns the metrics of the best model."""
         if self.progress.finished:
@@ -346,11 +330,11 @@ class Trainer:
             yield [next(batches) for _ in parts(step)], len(step)
 
     def train_step(self, group: list[Batch], examples: int) -> None:
-        """One optimizer step; the gradient is that of the mean over all of the step's examples.
+        """One optimizer step, down the gradient of the mean over the examples of all processes' batches.
 
         Args:
             group: this process's batches.
-            examples: in the batches of all processes.
+            examples: in those of all processes.
         """
         for place, batch in enumerate(group, 1):
             batch = batch.to(self.accelerator.device, non_blocking=True)
