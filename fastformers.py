@@ -52,7 +52,9 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     if one_of(args, "do_distill", "do_prune") is None:
         parser.error("say what to do: --do_distill or --do_prune")
     check_training_flags(args, encoded_kind(config))
-    check_processes(args)
+    if args.zero_stage or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("fastformers.py runs in one process, without DeepSpeed: start it with python, and without "
+                         "--zero_stage.")
     if args.do_distill:
         check_distillation_flags(args)
         return changed(args, teacher_sha256=sha256(args.teacher_model_path)), config  # a resumed run has the same one
@@ -60,15 +62,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     return args, config
 
 
-def check_processes(args: argparse.Namespace) -> None:
-    """Refuse several processes."""
-    if args.zero_stage or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("fastformers.py runs in one process, without DeepSpeed: start it with python, and without "
-                         "--zero_stage.")
-
-
 def add_distillation_flags(parser: Parser) -> None:
-    """--do_distill's own flags."""
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument("--teacher_config", help="A config that the teacher's checkpoint is checked against; the "
                                                   "checkpoint holds its own.")
@@ -110,7 +104,6 @@ def add_distillation_flags(parser: Parser) -> None:
 
 
 def add_pruning_flags(parser: Parser) -> None:
-    """--do_prune's own flags."""
     prune = parser.add_argument_group("pruning")
     prune.add_argument("--model_path", default="pytorch-model.pt",
                        help="The checkpoint to prune (default: %(default)s).")
@@ -128,9 +121,6 @@ def add_pruning_flags(parser: Parser) -> None:
     prune.add_argument("--recover_epoch", type=natural_int, default=0,
                        help="Train for this many epochs after pruning, by the flags below; the best model is kept "
                             "(default: 0).")
-
-
-# ---------------------------------------------------------------------------------------------------- distillation
 
 
 def check_distillation_flags(args: argparse.Namespace) -> None:
@@ -173,8 +163,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     from training.run import load_data
 
     others = {name: read_curve(name) for name in args.compare_with}
-    checkpoint = load_teacher(args)
-    path = args.teacher_model_path
+    checkpoint, path = load_teacher(args), args.teacher_model_path
     make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else None
 
     def make_trainer(begun: Run) -> Trainer:
@@ -195,11 +184,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
 
 
 def learn_pseudo_labels(begun: Run, teacher: Teacher) -> list[dict[str, float]]:
-    """Train the student, and the teacher, with meta pseudo labels; leave the student where it was best on valid.
-
-    Returns:
-        The history of it.
-    """
+    """Train student and teacher with meta pseudo labels; the student is left where it was best. Returns the history."""
     from training.meta_pseudo_labels import MetaTrainer
     from util import load_checkpoint
 
@@ -215,18 +200,14 @@ def learn_pseudo_labels(begun: Run, teacher: Teacher) -> list[dict[str, float]]:
     return trainer.progress.history
 
 
-def join(results: dict[str, Any]) -> list[dict[str, float]]:
-    """The history of a run as one curve, meta pseudo labels first."""
-    first = results.get("mpl_history", [])
-    done = first[-1]["step"] if first else 0
-    return [*first, *({**point, "step": done + point["step"]} for point in results["history"])]
-
-
 def read_curve(path: str) -> list[dict[str, float]]:
-    """The curve of another run, from its .train.json."""
+    """The history of a run as one curve, meta pseudo labels first, from its .train.json."""
     with open_input(path) as file:
         try:
-            curve = join(json.load(file))
+            results = json.load(file)
+            first = results.get("mpl_history", [])
+            done = first[-1]["step"] if first else 0
+            curve = [*first, *({**point, "step": done + point["step"]} for point in results["history"])]
             return [{key: float(point[key]) for key in ("step", "valid_loss", "valid_accuracy")} for point in curve]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path}: not the .train.json that a training leaves.") from None
@@ -242,9 +223,6 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
             axes.set_title(f"{name} on valid")
             axes.grid(alpha=0.3)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
-
-
-# --------------------------------------------------------------------------------------------------------- pruning
 
 
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -279,11 +257,14 @@ def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
         logger.warning("[%s] was trained for int8; its fp32 weights are pruned, and the result answers in int8 as any "
                        "model does, or trained with --recover_epoch and the same flag", args.model_path)
 
-    figures = {"before": measure(model, evaluate(model, valid, args.eval_batch_size, device))}
-    figures["before"]["mb"] = os.path.getsize(args.model_path) / 1e6
+    def measure() -> dict[str, float]:
+        return {**evaluate(model, valid, args.eval_batch_size, device),
+                "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    figures = {"before": {**measure(), "mb": os.path.getsize(args.model_path) / 1e6}}
     importance = pruning.measure_importance(model, valid, args.eval_batch_size, device)
     pruning.prune(transformer, importance, args.target_num_heads, args.target_ffn_dim)
-    figures["pruned"] = measure(model, evaluate(model, valid, args.eval_batch_size, device))
+    figures["pruned"] = measure()
     notes = {"pruned_run_id": checkpoint.run.run_id, **figures}
     best = run(rest, config, data=(train, valid), make_model=lambda *_: model.cpu(), notes=notes)
     if args.recover_epoch:
@@ -327,14 +308,8 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
     return folder
 
 
-def measure(model: Any, metrics: dict[str, float]) -> dict[str, float]:
-    """The figures of a model: loss and accuracy on the valid data, and its parameters."""
-    return {**metrics, "parameters": sum(parameter.numel() for parameter in model.parameters())}
-
-
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
-    """Run the stage."""
     args, config = get_params(argv)
 
     from util import setup_logging

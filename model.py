@@ -28,8 +28,6 @@ from pretrained.surgery import checkpoint_activations, remove_layers
 from sentence_classifier.tokenizers import SUBWORDS, WORDS
 from util import Checkpoint
 
-# ---------------------------------------------------------------------------------------------------------- layers
-
 
 class MaxOverTimeConv(nn.Module):
     """Convolutions of several widths, each followed by ReLU and the maximum over positions (Kim 2014, 1408.5882).
@@ -42,9 +40,8 @@ class MaxOverTimeConv(nn.Module):
     def __init__(self, input_size: int, num_filters: int, kernel_sizes: list[int]) -> None:
         super().__init__()
         self.kernel_sizes = kernel_sizes
-        self.convolutions = nn.ModuleList(
-            nn.Conv1d(input_size, num_filters, size, padding=size - 1) for size in kernel_sizes
-        )
+        self.convolutions = nn.ModuleList(nn.Conv1d(input_size, num_filters, size, padding=size - 1)
+                                          for size in kernel_sizes)
         self.output_size = num_filters * len(kernel_sizes)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -325,36 +322,29 @@ class CLSEncoder(nn.Module):
         return x.gather(1, places).squeeze(1)
 
 
-class Stack(nn.Module):
-    """Named layers one after another; the last one makes one vector of a sentence's."""
+class StackedEncoder(nn.Module):
+    """A densenet if the config has one, and on top a CNN (Kim 2014, arXiv 1408.5882) or dynamic self-attention."""
 
-    def __init__(self, layers: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], embedding: Embedding) -> None:
         super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-            self.output_size: int = layer.output_size
+        size = embedding.output_size
+        if "densenet_kernels" in config:
+            self.densenet = DenseNet(size, config["densenet_kernels"], config["densenet_first_num_filters"],
+                                     config["densenet_num_filters"], config["densenet_last_num_filters"])
+            size = self.densenet.output_size
+        if "dsa_dim" in config:
+            self.attention = DynamicSelfAttention(size, config["dsa_num_attentions"], config["dsa_dim"],
+                                                  config["dsa_r"])
+        else:
+            self.cnn = MaxOverTimeConv(size, config["num_filters"], config["kernel_sizes"])
+        *_, last = self.children()
+        self.output_size: int = cast(Any, last).output_size
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B, T, D], mask [B, T] -> [B, H]."""
         for layer in self.children():
             x = layer(x, mask)
         return x
-
-
-def stacked_encoder(config: dict[str, Any], embedding: Embedding) -> Stack:
-    """A densenet if the config has one, and on top a CNN (Kim 2014, arXiv 1408.5882) or dynamic self-attention."""
-    layers: dict[str, Any] = {}
-    size = embedding.output_size
-    if "densenet_kernels" in config:
-        layers["densenet"] = DenseNet(size, config["densenet_kernels"], config["densenet_first_num_filters"],
-                                      config["densenet_num_filters"], config["densenet_last_num_filters"])
-        size = layers["densenet"].output_size
-    if "dsa_dim" in config:
-        layers["attention"] = DynamicSelfAttention(size, config["dsa_num_attentions"], config["dsa_dim"],
-                                                   config["dsa_r"])
-    else:
-        layers["cnn"] = MaxOverTimeConv(size, config["num_filters"], config["kernel_sizes"])
-    return Stack(layers)
 
 
 # -------------------------------------------------------------------------------------------------------- decoders
@@ -442,15 +432,13 @@ class GaussianDecoder(nn.Module):
         self.log_variance.copy_(variance[source].log())
 
 
-# ------------------------------------------------------------------------------------------------------ classifier
-
 # By a config's enc_class: what makes the encoder, and the decoder.
 ENCODERS: dict[str, tuple[Callable[..., nn.Module], type[nn.Module]]] = {
     "gnb": (MeanEncoder, GaussianDecoder),
     "cls": (CLSEncoder, LinearDecoder),
-    "cnn": (stacked_encoder, SoftmaxDecoder),
-    "densenet-cnn": (stacked_encoder, SoftmaxDecoder),
-    "densenet-dsa": (stacked_encoder, SoftmaxDecoder),
+    "cnn": (StackedEncoder, SoftmaxDecoder),
+    "densenet-cnn": (StackedEncoder, SoftmaxDecoder),
+    "densenet-dsa": (StackedEncoder, SoftmaxDecoder),
 }
 
 # By the kind of encoded data.
@@ -462,9 +450,7 @@ class Classifier(nn.Module):
 
     def __init__(self, embedding: Embedding, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        self.embedding = embedding
-        self.encoder = encoder
-        self.decoder = decoder
+        self.embedding, self.encoder, self.decoder = embedding, encoder, decoder
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask [B, T] -> [B, H]."""

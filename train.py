@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 
 def make_parser() -> Parser:
-    """The flags."""
     parser = Parser(__doc__, __file__)
     add_training_flags(parser)
     trials = parser.add_argument_group("hyper-parameter search")
@@ -69,7 +68,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
-    """Run the stage."""
     args, config = get_params(argv)
 
     from training.distributed import end_processes
@@ -96,7 +94,6 @@ def run(args: argparse.Namespace, config: dict[str, Any],
     """One training, from the flags to the files. Returns the metrics of the model that is kept.
 
     Args:
-        args, config: as get_params makes them.
         on_epoch: see Trainer.
         data: for training and validation, where they are loaded already.
         make_model: the classifier to begin with, as new_model makes it.

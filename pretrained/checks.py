@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrained.layout import tried_out
 from pretrained.loading import load_tokenizer, tokenizer_text
 from sentence_classifier.errors import InputError
 from util import EncodingInfo
@@ -27,21 +28,12 @@ def classification_token(model: Any, leading_special: bool) -> str:
 @torch.no_grad()
 def _is_causal(model: Any) -> bool:
     """Whether a position's hidden state is the same whatever follows it: tried out on three tokens."""
-    was_training = model.training
-    model.eval()
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device) % model.config.vocab_size
-    hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    model.train(was_training)
+    hidden = tried_out(model, [[1, 2, 3], [1, 2, 4]]).last_hidden_state
     return torch.equal(hidden[0, 0], hidden[1, 0])
 
 
 def check_tokenizer(path: str, encoding: EncodingInfo, source: str) -> None:
-    """Refuse data that another model's tokenizer encoded.
-
-    Args:
-        path: the model's folder or hub name.
-        source: the name of the encoded file.
-    """
+    """Refuse data, encoded in the file `source`, that another model's tokenizer than that at `path` encoded."""
     made = tokenizer_text(load_tokenizer(path))
     if hashlib.sha256(made.encode()).hexdigest() != encoding.vocab_sha256:
         raise InputError(f"{source}: encoded with the tokenizer of {encoding.bert_model_name_or_path}, which is not "
@@ -74,11 +66,7 @@ def check_size(model: Any, last_id: int, n_ctx: int, path: str) -> None:
 
 @torch.no_grad()
 def check_padding(embedding: Any, path: str) -> None:
-    """Refuse a model for which padding changes a sentence's vectors, or that reads batches in another way.
-
-    Args:
-        embedding: a TransformerEmbedding of the model.
-    """
+    """Refuse a TransformerEmbedding in which padding changes a sentence's vectors, or that reads batches otherwise."""
     ids = torch.tensor([[1, 2, 3, 1, 2], [1, 2, 3, 0, 0]]) % embedding.transformer.config.vocab_size
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     try:

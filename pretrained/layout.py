@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,19 @@ from util import IDENTITY, RUN_ID
 NUM_HEADS = "classifier_num_heads"
 
 
-
 def architecture(config: Any) -> dict[str, Any]:
     """What a transformers config says of the model's architecture, and not of where it came from."""
     passing = ("_name_or_path", "id2label", "label2id", RUN_ID, IDENTITY, "architectures", "transformers_version")
     return {key: value for key, value in config.to_dict().items() if key not in passing}
 
 
-# ---------------------------------------------------------------------------------------------------------- layers
+def tried_out(model: Any, ids: Sequence[Sequence[int]] = ((1, 2, 3),)) -> Any:
+    """What a transformer computes, in evaluation mode, of a tiny batch of token ids; its mode stays what it was."""
+    was_training = model.training
+    input_ids = torch.tensor(ids, device=model.device) % model.config.vocab_size
+    output = model.eval()(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    model.train(was_training)
+    return output
 
 
 def layer_lists(model: Any) -> list[nn.ModuleList]:
@@ -54,11 +60,8 @@ def layers_above(model: Any) -> dict[int, int]:
     # On every module: SqueezeBERT calls its layers' parts and passes the hooks of the layers by.
     handles = [module.register_forward_pre_hook(note, with_kwargs=True)
                for module in model.modules() if id(module) in owners]
-    was_training = model.training
-    ids = torch.tensor([[1, 2, 3]], device=model.device) % model.config.vocab_size
     with torch.enable_grad():
-        model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    model.train(was_training)
+        tried_out(model)
     for handle in handles:
         handle.remove()
 
@@ -75,9 +78,6 @@ def layers_above(model: Any) -> dict[int, int]:
                     above.setdefault(id(parameter), len(inputs) - place)
         above |= {id(parameter): len(inputs) - place - 1 for parameter in layer.parameters()}
     return above
-
-
-# ----------------------------------------------------------------------------------------------- inside of a layer
 
 
 class LayerParts(NamedTuple):
@@ -97,10 +97,10 @@ class LayerParts(NamedTuple):
         for linear in (self.query, self.key, self.value):
             _keep(linear, rows, 0)
         _keep(self.output, rows, 1)
-        for names, value in ((("num_attention_heads", "n_heads"), len(places)), (("all_head_size",), len(rows))):
-            for name in names:
-                if hasattr(self.attention, name):
-                    setattr(self.attention, name, value)
+        for name, value in (("num_attention_heads", len(places)), ("n_heads", len(places)),
+                            ("all_head_size", len(rows))):
+            if hasattr(self.attention, name):
+                setattr(self.attention, name, value)
 
     def keep_units(self, places: Tensor) -> None:
         """Remove all units of the feed-forward part but those at `places`."""

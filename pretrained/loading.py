@@ -134,7 +134,7 @@ def _load(loader: Any, path: str, what: str, files: str, **kwargs: Any) -> Any:
                          f"--output_dir=embeddings/{Path(path).name}, and give that folder ({reason}).") from None
 
 
-# ------------------------------------------------------------------------------------- transformers' private names
+# What follows stands for transformers' private names.
 
 
 def model_class_of(auto: Any, config: Any) -> Any:

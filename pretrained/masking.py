@@ -50,11 +50,7 @@ class Masking:
                 module.register_forward_pre_hook(self._first_token)
 
     def begin(self, mask: Tensor, token_cutoff: float, first_only: bool) -> None:
-        """Begin a pass; mask [B, T], True at real tokens.
-
-        Args:
-            token_cutoff: the share of the inner tokens to hide.
-        """
+        """Begin a pass; mask [B, T], True at real tokens; token_cutoff: the share of the inner tokens to hide."""
         self.pad = self.hidden = ~mask
         self.first_only = first_only
         if token_cutoff:

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrained.layout import layer_lists
+from pretrained.layout import layer_lists, tried_out
 from pretrained.loading import build_from_config
 from sentence_classifier.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------------------------------------------- fewer layers
 
 
 def remove_layers(model: Any, places: Iterable[int]) -> None:
@@ -40,12 +37,11 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
     if not lists:  # ALBERT: layers share their weights, so that only their number can change
         logger.info("[layers share their weights: %d passes in place of %d]", len(kept), count)
     for layers in lists:
-        moved = {old: new for new, old in enumerate(kept)}
-        for place in kept:
+        for number, place in enumerate(kept):
             for module in layers[place].modules():
                 for name in ("layer_idx", "layer_id"):
                     if getattr(module, name, None) == place:
-                        setattr(module, name, moved[place])
+                        setattr(module, name, number)
         for place in reversed(chosen):
             del layers[place]
     for name in ("layer_types", "attention_layers", "mlp_layer_types"):  # what the config says of each layer
@@ -57,20 +53,16 @@ def remove_layers(model: Any, places: Iterable[int]) -> None:
         if name in vars(config):
             setattr(config, name, len(kept))
     config.num_hidden_layers = len(kept)
-    rebuilt = build_from_config(config.to_dict()).eval()
-    ids = torch.tensor([[1, 2, 3]]) % config.vocab_size
+    rebuilt = build_from_config(config.to_dict())
     try:
         rebuilt.load_state_dict(model.state_dict())
         with torch.no_grad():
-            same = torch.equal(rebuilt(ids).last_hidden_state, model.eval()(ids).last_hidden_state)
+            same = torch.equal(tried_out(rebuilt).last_hidden_state, tried_out(model.eval()).last_hidden_state)
         reason = "it computes something else then"
     except RuntimeError as error:
         same, reason = False, str(error).splitlines()[1].strip()
     if not same:
         raise InputError(f"{flag}: a {config.model_type} model cannot be rebuilt without these layers ({reason}).")
-
-
-# ------------------------------------------------------------------------------------------------ low-rank adapters
 
 
 def add_lora(model: Any, rank: int) -> None:
@@ -105,9 +97,6 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 key = f"{name}.base_layer.weight"
                 state[key] = state[key] + module.get_delta_weight(adapter)
     return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
-
-
-# ------------------------------------------------------------------------------------------------------ activations
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -212,9 +212,8 @@ def test_meta_pseudo_labels_come_first(school: School, labels: str, caplog: pyte
     key = next(key for key in start if key.endswith("layer.0.attention.self.query.weight"))
     assert not torch.equal(start[key], first[key]) and not torch.equal(first[key], then[key])
     assert any("[meta pseudo labels, step 6] teacher's loss" in line for line in caplog.messages)
-    steps = [point["step"] for point in fastformers.join(found)]
+    steps = [point["step"] for point in fastformers.read_curve(f"{school.student}.train.json")]
     assert steps == [3, 6, 9, 12, 15]
-    assert fastformers.read_curve(f"{school.student}.train.json")[-1]["step"] == 15
     evaluate.main([f"--model_path={school.student}.mpl", "--device=cpu"])
 
 

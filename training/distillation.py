@@ -48,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 LOGITS_FORMAT = "teacher-logits-1"
 
-# ---------------------------------------------------------------------------------------------------------- losses
-
-
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> [B]."""
     p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
@@ -102,15 +99,11 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     return total / len(student)
 
 
-# --------------------------------------------------------------------------------------------------------- teacher
-
-
 class Teacher(nn.Module):
     """A trained classifier that answers in the order of the student's labels.
 
     Args:
-        checkpoint: as train.py wrote it.
-        path: its file, for messages.
+        path: the checkpoint's file, for messages.
         folders: where to look for frozen word vectors.
         labels: the student's.
 
@@ -125,11 +118,8 @@ class Teacher(nn.Module):
             raise InputError(f"{path}: the teacher's labels ({', '.join(own.names)}) are not those of the student's "
                              f"data ({', '.join(labels.names)}).")
         self.path = path
-        self.run_id = checkpoint.run.run_id
-        self.encoding = checkpoint.run.encoding
-        self.labels = labels
+        self.run = checkpoint.run
         self.model: Classifier = load_classifier(checkpoint, folders)
-        self.vocabulary = checkpoint.run.vocabulary
         self.order: Tensor
         self.register_buffer("order", torch.tensor([own.index()[name] for name in labels.names]), persistent=False)
 
@@ -140,11 +130,11 @@ class Teacher(nn.Module):
     def reads_like(self, encoding: EncodingInfo) -> bool:
         """Whether this encoding has the token ids that the teacher's own tokenizer makes of the same text."""
         same = ("kind", "vocab_sha256", "n_ctx", "tokenizer", "lowercase", "truncation_side")
-        return all(getattr(self.encoding, fact) == getattr(encoding, fact) for fact in same)
+        return all(getattr(self.run.encoding, fact) == getattr(encoding, fact) for fact in same)
 
     def tokenizer(self, augmented: bool) -> Tokenizer:
         """The teacher's own tokenizer; `augmented`: a [MASK] in the text is the mask token."""
-        return make_tokenizer(self.vocabulary, replace(self.encoding, augmented=augmented))
+        return make_tokenizer(self.run.vocabulary, replace(self.run.encoding, augmented=augmented))
 
 
 def read_sentences(data: EncodedData) -> Iterator[str]:
@@ -177,7 +167,7 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
     Raises:
         InputError: a logit is not finite, or the raw text is missing.
     """
-    if labelled_by(data) == teacher.run_id:
+    if labelled_by(data) == teacher.run.run_id:
         logger.info("[the teacher's answers to %s] are its labels", data.source)
         return np.asarray(data.targets, dtype=np.float32)
     path = data.source.with_name(f"{data.source.name}.teacher")
@@ -224,24 +214,15 @@ class TaughtBatch(Batch):
 
 
 class TaughtData(EncodedData):
-    """Encoded data with the teacher's answers.
-
-    Args:
-        path: the encoded file.
-        logits: [N, C].
-    """
+    """Encoded data with the teacher's answers [N, C]."""
 
     def __init__(self, path: Path, logits: np.ndarray) -> None:
         super().__init__(path)
         self.logits = logits
 
     def batch(self, indices: Sequence[int]) -> TaughtBatch:
-        batch = super().batch(indices)
         answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
-        return TaughtBatch(batch.input_ids, batch.attention_mask, batch.targets, answers)
-
-
-# --------------------------------------------------------------------------------------------------------- student
+        return TaughtBatch(**vars(super().batch(indices)), teacher_logits=answers)
 
 
 def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, config: dict[str, Any],
@@ -278,9 +259,8 @@ def keep_inside(embedding: Any, attentions: bool, path: str) -> None:
         raise InputError(f"{path}: --state_loss_ratio and --att_loss_ratio are for transformers, and this is none.")
     embedding.keep_output(attentions)
     kind = embedding.transformer.config.model_type
-    embedding.eval()
     with torch.no_grad():
-        embedding(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
+        embedding.eval()(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool))
     if not getattr(embedding.output, "hidden_states", None):
         raise InputError(f"{path}: {kind} models do not tell the hidden states of one stack of layers; distil their "
                          "logits alone.")
@@ -295,7 +275,6 @@ class DistillationTrainer(Trainer):
 
     Args:
         run: its training data hold the teacher's logits.
-        teacher: computes hidden states and attentions, where the flags ask for them.
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -324,15 +303,15 @@ class DistillationTrainer(Trainer):
                              "out, or encode the data as for the teacher.")
         for embedding, path in ((self.guide, teacher.path), (self.student, args.config)):
             keep_inside(embedding, bool(args.att_loss_ratio), path)
-        layers = [embedding.transformer.config.num_hidden_layers for embedding in (self.student, self.guide)]
+        layers, guides = (embedding.transformer.config.num_hidden_layers for embedding in (self.student, self.guide))
         widths = [embedding.output_size for embedding in (self.student, self.guide)]
-        if layers[0] > layers[1]:
-            raise InputError(f"{teacher.path}: the student has {layers[0]} layers and the teacher {layers[1]}, so that "
+        if layers > guides:
+            raise InputError(f"{teacher.path}: the student has {layers} layers and the teacher {guides}, so that "
                              "layers cannot be matched; leave --state_loss_ratio and --att_loss_ratio out.")
         if args.state_loss_ratio and widths[0] > widths[1]:
             raise InputError(f"{teacher.path}: the student's hidden states are wider ({widths[0]}) than the teacher's "
                              f"({widths[1]}), which cannot guide them all; leave --state_loss_ratio out.")
-        self.pairs = list(enumerate(matched_layers(layers[0], layers[1]), 1))
+        self.pairs = list(enumerate(matched_layers(layers, guides), 1))
         logger.info("[layers] student, teacher: %s", ", ".join(f"{m} - {n}" for m, n in self.pairs))
         if args.state_loss_ratio and widths[0] != widths[1]:
             # A part of the model, so that it is optimized, clipped and resumed with it; checkpoints leave it out.
@@ -385,6 +364,5 @@ class DistillationTrainer(Trainer):
 
     def checkpoint_weights(self) -> dict[str, Any]:
         weights = super().checkpoint_weights()
-        weights["model"] = {name: value for name, value in weights["model"].items()
-                            if not name.startswith("projection.")}
-        return weights
+        return {**weights, "model": {name: value for name, value in weights["model"].items()
+                                     if not name.startswith("projection.")}}

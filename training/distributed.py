@@ -21,37 +21,30 @@ import signal
 import socket
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import accelerate
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from sentence_classifier.errors import InputError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside the number of steps
 
-# ------------------------------------------------------------------------------------------------------------ start
-
-
 def make_accelerator(args: argparse.Namespace, device: torch.device, precision: str) -> Accelerator:
     """The Accelerator of this process, for the launcher that started it and the flags.
 
     Args:
-        args: train.py's flags.
-        device: of this process.
         precision: no, bf16 or fp16.
 
     Raises:
         InputError: the launcher asks for something that this toolkit lacks, or the flags do not go with DeepSpeed.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
-
     for name in ("FSDP", "MEGATRON_LM"):
         if _launcher_says(f"ACCELERATE_USE_{name}"):
             raise InputError(f"accelerate is configured for {name}, which train.py does not use; run accelerate config "
@@ -81,13 +74,7 @@ def make_accelerator(args: argparse.Namespace, device: torch.device, precision: 
 
 
 def reset_accelerate(processes: bool = False) -> None:
-    """Forget what accelerate knows of this process, so that another Accelerator may have other settings.
-
-    Args:
-        processes: forget the group of processes, too.
-    """
-    from accelerate.state import AcceleratorState
-
+    """Forget what accelerate knows of this process (and of its group), so that another Accelerator may differ."""
     AcceleratorState._reset_state(reset_partial_state=processes)  # it has no public name
 
 
@@ -102,14 +89,13 @@ def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
         return None
     try:
         import deepspeed  # noqa: F401
-        from accelerate.utils import DeepSpeedPlugin
     except ImportError:
         raise InputError("--zero_stage needs the package deepspeed: pip install -r requirements.txt.") from None
     chosen = {"zero_stage": args.zero_stage, "hf_ds_config": "none", "gradient_clipping": args.max_grad_norm,
               "offload_param_device": "none"} if given else {}
     if args.offload_optimizer or given:
         chosen["offload_optimizer_device"] = args.offload_optimizer or "none"
-    plugin = DeepSpeedPlugin(zero3_init_flag=False, **chosen)
+    plugin = accelerate.utils.DeepSpeedPlugin(zero3_init_flag=False, **chosen)
     settings = plugin.deepspeed_config
     zero = settings["zero_optimization"]
     if not zero.get("stage"):
@@ -122,12 +108,11 @@ def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
             precision = name
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]
-    settings["train_micro_batch_size_per_gpu"] = args.batch_size
-    settings["train_batch_size"] = "auto"
-    settings["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+    settings |= {"train_micro_batch_size_per_gpu": args.batch_size, "train_batch_size": "auto",
+                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                 "zero_force_ds_cpu_optimizer": False}  # torch's AdamW is as fast, and needs no compiler
     if settings.get("gradient_clipping", "auto") == "auto":
         settings["gradient_clipping"] = args.max_grad_norm
-    settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is as fast, and needs no compiler
     if precision != "no":
         settings["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision],
                                       "lower_precision_safe_modules": []}  # processes exchange fp32
@@ -176,11 +161,9 @@ def remove_autocast(model: nn.Module) -> None:
 
 def _all_learn(model: nn.Module) -> bool:
     """Whether gradients reach all trainable parameters: one sentence shows it."""
-    device = next(model.parameters()).device
     random = torch.get_rng_state()
-    model.eval()
-    ids = torch.ones(1, 3, dtype=torch.int64, device=device)
-    model(ids, ids.bool()).sum().backward()
+    ids = torch.ones(1, 3, dtype=torch.int64, device=next(model.parameters()).device)
+    model.eval()(ids, ids.bool()).sum().backward()
     reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     model.zero_grad()
     torch.set_rng_state(random)
@@ -198,9 +181,6 @@ def described(accelerator: Accelerator) -> str:
     if is_sharded(accelerator):
         parts.append(f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}")
     return "".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------------------- sums
 
 
 def total(values: Tensor, accelerator: Accelerator | None) -> Tensor:
@@ -240,7 +220,6 @@ def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator:
     """The optimizer's state dict in torch's layout, whole in the main process. To be called by all processes.
 
     Args:
-        optimizer: as accelerate prepared it.
         parameters: those of the optimizer, in its order.
     """
     if not is_sharded(accelerator):
@@ -293,9 +272,6 @@ def _link_moments(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-# ------------------------------------------------------------------------------------------------------------- ends
-
-
 def end_processes() -> None:
     """Leave the group of processes at the end of the script."""
     if torch.distributed.is_initialized():
@@ -304,13 +280,10 @@ def end_processes() -> None:
 
 @contextlib.contextmanager
 def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
-    """End the block with a sentence when another process dies, or when the launcher ends all processes for that.
+    """End the block with an InputError when another process dies, or when the launcher ends all processes for that.
 
     Args:
         advice: what to do then.
-
-    Raises:
-        InputError: with the sentence.
     """
     if accelerator.num_processes == 1:
         yield

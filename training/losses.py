@@ -81,7 +81,6 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take one step's parameters in."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, self.parameters, 1.0 - decay)
@@ -99,11 +98,9 @@ class WeightAverage:
                 parameter.data = data
 
     def state_dict(self) -> dict[str, Any]:
-        """For --resume."""
         return {"updates": self.updates, "average": dict(zip(self.names, self.average, strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From --resume."""
         self.updates = state["updates"]
         for name, average in zip(self.names, self.average, strict=True):
             average.copy_(state["average"][name])

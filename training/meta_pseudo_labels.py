@@ -49,8 +49,6 @@ from util import open_input
 
 logger = logging.getLogger(__name__)
 
-# -------------------------------------------------------------------------------------------------------- gradients
-
 
 def meta_loss(answers: Tensor, student_logits: Callable[[], Tensor], labelled_loss: Callable[[], Tensor],
               update: Callable[[Tensor], None], parameters: Sequence[Tensor], optimizer: Any, hard: bool
@@ -117,9 +115,6 @@ def step_factor(optimizer: Any, parameter: Tensor) -> Any:
     return group["lr"] * (1 - beta1) / (1 - beta1**step) / second
 
 
-# -------------------------------------------------------------------------------------------------------------- data
-
-
 @dataclass
 class ReadTwice(Batch):
     """Sentences as the student reads them, and the same sentences as the teacher does."""
@@ -128,12 +123,7 @@ class ReadTwice(Batch):
 
 
 class Rows:
-    """Token ids of many sentences, one after another.
-
-    Args:
-        sentences: raw text.
-        tokenizer: makes token ids of them.
-    """
+    """Token ids of many raw sentences, one after another."""
 
     def __init__(self, sentences: Iterable[str], tokenizer: Tokenizer) -> None:
         ids, ends = array("i"), array("q", [0])
@@ -165,8 +155,7 @@ class UnlabelledText:
 
     def batch(self, indices: Sequence[int]) -> ReadTwice:
         own = pad(self.rows[indices])
-        return ReadTwice(own.input_ids, own.attention_mask,
-                         teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
+        return ReadTwice(**vars(own), teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
 
 
 def read_text(path: str) -> Iterator[str]:
@@ -178,12 +167,7 @@ def read_text(path: str) -> Iterator[str]:
 
 
 class LabelledText(EncodedData):
-    """Encoded data for student and teacher.
-
-    Args:
-        path: the encoded file.
-        teacher_tokenizer: as for UnlabelledText.
-    """
+    """Encoded data for student and teacher; the tokenizer as for UnlabelledText."""
 
     def __init__(self, path: Path, teacher_tokenizer: Tokenizer | None) -> None:
         super().__init__(path)
@@ -191,21 +175,14 @@ class LabelledText(EncodedData):
 
     def batch(self, indices: Sequence[int]) -> ReadTwice:
         own = super().batch(indices)
-        return ReadTwice(own.input_ids, own.attention_mask, own.targets,
-                         teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
-
-
-# -------------------------------------------------------------------------------------------------------------- loop
+        return ReadTwice(**vars(own), teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
 
 
 class MetaTrainer(Trainer):
     """Trains a student on a teacher's pseudo labels, and the teacher by the student's loss.
 
-    An epoch is one pass over the labelled data; each step takes as many sentences of the unlabelled text.
-
-    Args:
-        run: its flags are those of this part of the training.
-        teacher: is trained, too.
+    An epoch is one pass over the labelled data; each step takes as many sentences of the unlabelled text. The run's
+    flags are those of this part of the training.
     """
 
     def __init__(self, run: Run, teacher: Teacher) -> None:

@@ -32,21 +32,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A training run before its first step: what a Trainer is made of.
+    """A training run before its first step: what a Trainer is made of."""
 
-    Attributes:
-        args: the flags, as the stage's get_params made them.
-        model: on the CPU.
-        state: of the run to go on with, see trainer.find_state.
-    """
-
-    args: argparse.Namespace
+    args: argparse.Namespace  # as the stage's get_params made them
     train: EncodedData
     valid: EncodedData
     info: RunInfo
-    model: Classifier
+    model: Classifier  # on the CPU
     accelerator: Accelerator
-    state: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None  # of the run to go on with, see trainer.find_state
 
 
 def load_data(args: argparse.Namespace, config: dict[str, Any], kind: str,
@@ -54,7 +48,6 @@ def load_data(args: argparse.Namespace, config: dict[str, Any], kind: str,
     """The encoded training and valid data, checked against each other, label.txt, the config and the criterion.
 
     Args:
-        kind: of encoded data.
         taught: a teacher answers during training.
     """
     folder = Path(args.data_dir)
@@ -114,12 +107,7 @@ def describe(args: argparse.Namespace, config: dict[str, Any], train: EncodedDat
 
 
 def log_recipe(args: argparse.Namespace, kind: str, precision: str) -> None:
-    """Say once how the run trains, and who said so: a flag, the config or nobody. What is off is left out.
-
-    Args:
-        kind: of encoded data.
-        precision: what --mixed_precision came to.
-    """
+    """Say once how the run trains, and who said so: a flag, the config or nobody. What is off is left out."""
     said: dict[str, list[str]] = {"flag": [], "config": [], "default": []}
     for name in SEARCHABLE:
         value, source = getattr(args, name), args.sources[name]

@@ -29,7 +29,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import optuna
+import psutil
+import torch
+from optuna import Study, Trial
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cli.config import read_json
 from cli.flags import Parser, changed, command_line, format_flag
@@ -40,11 +49,6 @@ from training.search_report import best_of, report
 from training.search_space import check_alone, check_space, default_space, suggest
 from training.trainer import Diverged
 
-if TYPE_CHECKING:
-    from optuna import Study, Trial
-    from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
-
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 30  # seconds between the heartbeats of a running trial, on a database
@@ -52,19 +56,12 @@ GRACE = 120  # seconds without a heartbeat, after which the worker counts as dea
 PAUSE = 1.0  # seconds between two looks at the other workers
 
 
-# ---------------------------------------------------------------------------------------------------------- storage
-
-
-def open_storage(name: str) -> BaseStorage:
+def open_storage(name: str) -> optuna.storages.BaseStorage:
     """The storage that --hp_storage names.
 
     Raises:
         InputError: neither a database's URL nor a journal's path, or it cannot be opened.
     """
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-
     if "://" not in name:
         if not name.endswith((".log", ".journal")):
             raise InputError(f"--hp_storage={name}: neither a database's URL, such as sqlite:///search.db, nor a path "
@@ -121,20 +118,13 @@ def check_journal(path: Path, lock: Any) -> None:
         lock.release()
 
 
-# ---------------------------------------------------------------------------------------------------------- workers
-
-
 def this_worker() -> dict[str, Any]:
     """Who runs a trial: the host, the process and its start time, since the system reuses process numbers."""
-    import psutil
-
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_lost(trial: FrozenTrial, me: dict[str, Any]) -> bool:
     """Whether the worker of a running trial is gone, as far as this host can tell. Asked between trials."""
-    import psutil
-
     worker = trial.user_attrs.get("worker")
     if worker is None:  # killed in the moment between a trial's creation and its first mark
         began = trial.datetime_start
@@ -159,39 +149,21 @@ class NoScore(Exception):
     """A trial ends without a score and is marked failed."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch found no room for a tensor; for the machine's memory it has no exception of its own."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
-
-
 @dataclass
 class Search:
-    """One worker of a study.
+    """One worker of a study."""
 
-    Attributes:
-        study: shared with the other workers.
-        heartbeats: whether its storage tells of workers on other hosts that are gone.
-        space: see check_space.
-        base: the trials' command line without the flags of the space.
-        folder: for the trials' files.
-        total: trials of all workers together.
-        parser, get_params, run: train.py's.
-        number: of the trial that runs.
-    """
-
-    study: Study
-    heartbeats: bool
-    space: dict[str, Any]
-    base: list[str]
-    folder: Path
-    total: int
-    parser: Parser
+    study: Study  # shared with the other workers
+    heartbeats: bool  # whether its storage tells of workers on other hosts that are gone
+    space: dict[str, Any]  # see check_space
+    base: list[str]  # the trials' command line without the flags of the space
+    folder: Path  # for the trials' files
+    total: int  # trials of all workers together
+    parser: Parser  # this and the two below are train.py's
     get_params: Callable[..., Any]
     run: Callable[..., dict[str, Any]]
     me: dict[str, Any] = field(default_factory=this_worker)
-    number: int = -1
+    number: int = -1  # of the trial that runs
 
     def trials(self) -> list[FrozenTrial]:
         """The trials that count: running, complete and pruned ones, and those that failed by themselves.
@@ -224,8 +196,6 @@ class Search:
 
     def run_trial(self) -> None:
         """Run one trial to its end, and free its memory."""
-        import optuna
-
         raised: list[Exception] = []
 
         def objective(trial: Trial) -> float:
@@ -248,11 +218,9 @@ class Search:
 
     def give_up_lost_trials(self) -> None:
         """Mark the trials of dead workers failed."""
-        import optuna
-
-        for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if is_lost(trial, self.me):
-                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 logger.warning("[trial %d] its worker is gone: marked failed", trial.number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -275,7 +243,9 @@ class Search:
         try:
             accuracy = self.train(trial, argv)
         except (Diverged, FlagError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            # For want of the machine's own memory PyTorch raises a plain RuntimeError.
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+            if isinstance(error, RuntimeError) and not out_of_memory:
                 raise
             reason = str(error).splitlines()[0]
             trial.set_user_attr("error", reason)
@@ -286,8 +256,6 @@ class Search:
 
     def train(self, trial: Trial, argv: list[str]) -> float:
         """Train by a trial's command line, into the trial's files."""
-        import optuna
-
         args, config = self.get_params(argv)
         args = changed(args, save_path=str(self.folder / f"{trial.number}.pt"),
                        bert_output_dir=str(self.folder / f"{trial.number}.bert"))
@@ -315,23 +283,15 @@ class Search:
                     path.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- search
-
-
 def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., Any],
            run: Callable[..., dict[str, Any]], data: tuple[EncodedData, EncodedData]) -> None:
     """Run --hp_trials trials together with the other workers of the study; print and draw the results.
 
     Args:
-        args: train.py's flags.
+        args, get_params, run: train.py's.
         parser: of these flags, with the config's settings as defaults.
-        get_params: train.py's, from a command line to flags and config.
-        run: train.py's, from flags and config to the metrics of the best model.
         data: the encoded training and valid data.
     """
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--hp_search_optuna runs in one process: start it with python; for several devices start it "
                          "once for each (--device), on one --hp_storage.")
@@ -366,7 +326,7 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
     seed = args.seed if args.hp_sampler_seed is None else args.hp_sampler_seed
     try:
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True,
-                                    sampler=make_sampler(seed), pruner=optuna.pruners.MedianPruner())
+                                    sampler=Sampler(seed), pruner=optuna.pruners.MedianPruner())
         if study.user_attrs.setdefault("made_from", identity) != identity:
             raise InputError(f"--hp_study={name}: was begun with another config, other data, another space or other "
                              "flags; choose another name.")
@@ -384,17 +344,16 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
                          ) from None
 
 
-def make_sampler(seed: int) -> Any:
+class Sampler(optuna.samplers.TPESampler):
     """Optuna's tree-structured Parzen estimator, seeded for each trial by `seed` and the trial's number.
 
     Trial numbers are unique among the workers of a study, also after a restart, so that no two trials draw alike.
     """
-    import numpy as np
-    from optuna.samplers import TPESampler
 
-    class Sampler(TPESampler):
-        def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-            # All that a sampler holds beside its settings is its generator, and there is no other way to seed it.
-            super().__init__(seed=int(np.random.SeedSequence((seed, trial.number)).generate_state(1)[0]))
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.seed = seed
 
-    return Sampler(seed=seed)
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        # All that a sampler holds beside its settings is its generator, and there is no other way to seed it.
+        super().__init__(seed=int(np.random.SeedSequence((self.seed, trial.number)).generate_state(1)[0]))

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import optuna
+from optuna.trial import FrozenTrial
+
 from sentence_classifier.errors import InputError
 from util import atomic_write, picture
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from training.search import Search
 
 
@@ -39,11 +40,11 @@ def rows(search: Search) -> Iterator[dict[str, Any]]:
     for trial in search.study.get_trials(deepcopy=False):
         if "surplus" in trial.user_attrs:
             continue
-        seconds = trial.duration.total_seconds() if trial.duration else None
+        seconds = round(trial.duration.total_seconds(), 1) if trial.duration else None
         worker = trial.user_attrs.get("worker", {})
         yield {"trial": trial.number, "state": trial.state.name.lower(),
                "valid_accuracy": trial.value, **{name: trial.params.get(name) for name in search.space},
-               "epochs": trial.last_step, "seconds": None if seconds is None else round(seconds, 1),
+               "epochs": trial.last_step, "seconds": seconds,
                "worker": f"{worker['host']}:{worker['pid']}" if worker else None,
                "error": trial.user_attrs.get("error")}
 
@@ -97,8 +98,6 @@ def draw(worker: Search, path: Path) -> None:
 
 def importances(worker: Search) -> dict[str, float]:
     """The share of each flag (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255), largest first; empty: unknown."""
-    import optuna
-
     scores = [score(trial) for trial in completed(worker.trials())]
     if len(scores) < 4 or len(set(scores)) < 2:
         return {}

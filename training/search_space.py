@@ -29,10 +29,6 @@ def default_space(epoch: int) -> dict[str, Any]:
 def check_space(space: Any, source: str) -> dict[str, Any]:
     """The space with each value as its flag holds it.
 
-    Args:
-        space: what --hp_space holds.
-        source: the file's name.
-
     Raises:
         InputError: names the file, the key and what is wrong there.
     """
@@ -57,9 +53,8 @@ def _check_values(flag: TrainingFlag | None, rule: Any, where: str, hint: str) -
         if key not in ("low", "high", "log", "step"):
             raise InputError(f"{where}: unknown key {key!r}{did_you_mean(key, ('low', 'high', 'log', 'step'))}; a "
                              "range has low, high, and log or step.")
-    for key in ("low", "high"):
-        if key not in rule:
-            raise InputError(f"{where}: {key} is missing.")
+    if missing := next((key for key in ("low", "high") if key not in rule), None):
+        raise InputError(f"{where}: {missing} is missing.")
     low, high = (_check_value(flag, rule[key], f"{where}: {key}") for key in ("low", "high"))
     if low > high:
         raise InputError(f"{where}: low is {low}, above high, which is {high}.")
@@ -90,8 +85,6 @@ def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], 
     """Refuse a listed value or the end of a range that no trial could take, before one is drawn.
 
     Args:
-        space: as check_space returns it.
-        source: the file's name.
         check: of a flag and a value; raises FlagError if they do not go with the command line, config and data.
 
     Raises:

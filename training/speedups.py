@@ -28,7 +28,6 @@ def speed_up_training(transformer: Any, device: torch.device, token_ids: Any) ->
     """Make a model of the transformers library fast to train. To be called before its optimizer is made.
 
     Args:
-        device: on which it will be trained.
         token_ids: all of the training data's, an array of integers; None: train the whole token table.
     """
     for module in transformer.modules():
@@ -69,9 +68,6 @@ def mask_without_asking(**kwargs: Any) -> Tensor | None:
     return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
-# --------------------------------------------------------------------------------------------------------- dropout
-
-
 class FastDropout(nn.Dropout):
     """nn.Dropout that decides on each element of a CPU tensor by 16 random bits, a quarter of a random number.
 
@@ -92,9 +88,6 @@ def fast_dropout(x: Tensor, p: float) -> Tensor:
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
     kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
     return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
-
-
-# ------------------------------------------------------------------------------------------------------- attention
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -130,9 +123,6 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     return torch.bmm(weights.transpose(1, 2), v).view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-# ----------------------------------------------------------------------------------------------------- token table
-
-
 class PartialEmbedding(nn.Embedding):
     """An nn.Embedding of which some rows are trained and the others are frozen.
 
@@ -158,11 +148,7 @@ class PartialEmbedding(nn.Embedding):
 
 
 def train_read_rows(transformer: Any, token_ids: Any) -> None:
-    """Train only those rows of a transformer's token table that the data read, unless more than lookups use the table.
-
-    Args:
-        token_ids: all of the training data's, an array of integers.
-    """
+    """Train only those rows of a transformer's token table that the data read, if only lookups use the table."""
     module = transformer.get_input_embeddings()
     weight = module.weight
     users = sum(parameter is weight for one in transformer.modules() for parameter in one.parameters(recurse=False))
@@ -185,7 +171,7 @@ def train_read_rows(transformer: Any, token_ids: Any) -> None:
     module.register_load_state_dict_pre_hook(_extract_rows)
 
 
-def _insert_rows(module: Any, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+def _insert_rows(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Replace the trained rows in a new state dict by the whole table."""
     state[f"{prefix}weight"] = module.table.index_copy(0, module.rows, state[f"{prefix}weight"])
 

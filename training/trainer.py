@@ -87,16 +87,11 @@ class EarlyStopping:
     A model as accurate as the best so far is kept, yet it is no gain that patience counts: a small valid file is soon
     answered as well as it ever will be, while training goes on to help other data. The loss does not break such ties
     well, since it punishes confidence, which grows with training.
-
-    Attributes:
-        measure: "loss", "accuracy" or "last".
-        patience: epochs.
-        gained: whether this epoch has a gain.
     """
 
-    measure: str
-    patience: int
-    gained: bool = False
+    measure: str  # "loss", "accuracy" or "last"
+    patience: int  # epochs
+    gained: bool = False  # in this epoch
     epochs_without_gain: int = 0
 
     def is_better(self, metrics: dict[str, float], best: dict[str, Any]) -> bool:
@@ -121,23 +116,16 @@ class EarlyStopping:
 
 @dataclass
 class Progress:
-    """Where a run stands; a state file carries it.
-
-    Attributes:
-        position: steps of the epoch that are done.
-        loss_sum, loss_count: of the examples since the last evaluation.
-        best: metrics of the model that is kept.
-        history: metrics of each evaluation.
-    """
+    """Where a run stands; a state file carries it."""
 
     stopping: EarlyStopping
     step: int = 0
     epoch: int = 0
-    position: int = 0
-    loss_sum: float = 0.0
+    position: int = 0  # steps of the epoch that are done
+    loss_sum: float = 0.0  # of the examples since the last evaluation
     loss_count: int = 0
-    best: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)  # metrics of the model that is kept
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each evaluation
     finished: bool = False
 
     @classmethod
@@ -150,7 +138,6 @@ class Trainer:
     """Trains a classifier on encoded data and keeps the best checkpoint.
 
     Args:
-        run: what training begins with.
         on_epoch: called after each epoch's evaluation with the number of epochs done and the evaluation's metrics
             (the newest of the history), in all processes; what it raises ends the training.
 
@@ -163,6 +150,9 @@ class Trainer:
     def __init__(self, run: Run, on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
         model, args, accelerator, state = run.model, run.args, run.accelerator, run.state
         self.args = args
+        self.state_path = Path(f"{args.save_path}.state")  # where --resume finds the run
+        # The state at the end of the last epoch, where the other is within one: for other numbers of processes.
+        self.epoch_path = Path(f"{self.state_path}.epoch")
         self.info = run.info
         self.accelerator = accelerator
         self.on_epoch = on_epoch
@@ -182,7 +172,10 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * args.epoch
         if args.max_train_steps:
             self.total_steps = min(self.total_steps, args.max_train_steps)
-        warmup = self._warmup_steps()
+        warmup = args.num_warmup_steps
+        if warmup is None:
+            warmup = round(args.warmup_epoch * self.steps_per_epoch if args.warmup_epoch
+                           else args.warmup_ratio * self.total_steps)
 
         self.progress = Progress(EarlyStopping(args.measure, args.patience))
         self.losses: list[Tensor] = []  # of batches, on the device, not yet in the progress
@@ -196,8 +189,7 @@ class Trainer:
                                       fused=accelerator.device.type in ("cpu", "cuda"))
         self.quantization = start_quantization(model, optimizer, args)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps)
-        )
+            optimizer, lambda step: cosine_with_warmup(step, warmup, self.total_steps))
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         if state and not self.progress.finished:
             model.load_state_dict(state["model"])  # before DeepSpeed shares the weights out
@@ -211,29 +203,12 @@ class Trainer:
         if state and not self.progress.finished:
             self._load_rest(state)
 
-    def _warmup_steps(self) -> int:
-        args = self.args
-        if args.num_warmup_steps is not None:
-            return args.num_warmup_steps
-        if args.warmup_epoch:
-            return round(args.warmup_epoch * self.steps_per_epoch)
-        return round(args.warmup_ratio * self.total_steps)
-
-    # -------------------------------------------------------------------------------------------------- state files
-
-    @property
-    def state_path(self) -> Path:
-        """Where --resume finds the run."""
-        return Path(f"{self.args.save_path}.state")
-
-    @property
-    def epoch_path(self) -> Path:
-        """The state at the end of the last epoch, where `state_path` is within one: for other numbers of processes."""
-        return Path(f"{self.state_path}.epoch")
-
     def save_state(self) -> None:
         """Write all that a resumed run needs to go on as if it had never stopped. To be called in all processes."""
         state: dict[str, Any] = {"processes": self.processes, "progress": asdict(self.progress)}
+        random = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         with contextlib.ExitStack() as stack:
             if not self.progress.finished:
                 stack.enter_context(whole_weights(self.plain_model, self.accelerator))
@@ -243,7 +218,7 @@ class Trainer:
                     "scheduler": {"last_epoch": self.scheduler.last_epoch},
                     "average": self.average.state_dict() if self.average else None,
                     "quantization": self.quantization.state_dict() if self.quantization else None,
-                    "random": gather(self._random_state(), self.accelerator),
+                    "random": gather(random, self.accelerator),
                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 }
             if self.accelerator.is_main_process:
@@ -300,14 +275,6 @@ class Trainer:
         else:
             torch.manual_seed(self.args.seed + self.progress.step + SEED_DISTANCE * self.accelerator.process_index)
 
-    def _random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        return state
-
-    # -------------------------------------------------------------------------------------------------------- steps
-
     def fit(self) -> dict[str, Any]:
         """Train to the end. Returns the metrics of the best model."""
         if self.progress.finished:
@@ -355,20 +322,19 @@ class Trainer:
     def _groups(self) -> Iterator[tuple[list[Batch], int]]:
         """What is left of the epoch, by optimizer steps: this process's batches, and the examples of all processes."""
         steps = self.sampler.batches()[self.progress.position :]
-        batches = prefetch(self.train_data.batch, (part for step in steps for part in self._shard(step)),
+        parts = functools.partial(shard, size=self.args.batch_size, processes=self.processes,
+                                  process=self.accelerator.process_index)
+        batches = prefetch(self.train_data.batch, (part for step in steps for part in parts(step)),
                            self.accelerator.device.type == "cuda")
         for step in steps:
-            yield [next(batches) for _ in self._shard(step)], len(step)
-
-    def _shard(self, step: Any) -> list[list[int]]:
-        return shard(step, self.args.batch_size, self.processes, self.accelerator.process_index)
+            yield [next(batches) for _ in parts(step)], len(step)
 
     def train_step(self, group: list[Batch], examples: int) -> None:
-        """One optimizer step; the gradient is that of the mean over all of the step's examples.
+        """One optimizer step, down the gradient of the mean over the examples of all processes' batches.
 
         Args:
             group: this process's batches.
-            examples: in the batches of all processes.
+            examples: in those of all processes.
         """
         for place, batch in enumerate(group, 1):
             batch = batch.to(self.accelerator.device, non_blocking=True)
@@ -439,8 +405,6 @@ class Trainer:
         if self.quantization:
             loss = loss + self.quantization.penalty()
         return loss.sum()
-
-    # --------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate_and_save(self, bar: tqdm, end_of_epoch: bool = False) -> None:
         """Measure on the valid data, keep the model if it is the best, decide on stopping, write the state."""
