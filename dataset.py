@@ -65,9 +65,9 @@ class Batch:
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
-def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None) -> Batch:
-    """A batch of token id rows, padded to the longest."""
-    ids, mask = batches.pad(rows)
+def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None, multiple: int = 1) -> Batch:
+    """A batch of token id rows, padded to the longest, whose length is rounded up to a multiple."""
+    ids, mask = batches.pad(rows, multiple)
     return Batch(torch.from_numpy(ids), torch.from_numpy(mask),
                  None if targets is None else torch.from_numpy(targets))
 
@@ -79,10 +79,13 @@ class EncodedData:
         encoding: what made it.
         lengths: [N] tokens in each sentence.
         targets: [N] int32 class ids or [N, C] float32 logits.
+        length_multiple: batches are padded to a multiple of it: a GPU chooses kernels anew for each length.
 
     Raises:
         InputError: no such file, a damaged one, or one whose source text has changed since.
     """
+
+    length_multiple = 1
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -144,7 +147,7 @@ class EncodedData:
         """The batch of the examples at `indices`; of none, a sentence without a target, see Batch."""
         rows = self.rows(indices or [0])
         targets = self.targets[np.asarray(indices, dtype=np.int64)]
-        return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64))
+        return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64), self.length_multiple)
 
 
 def check_same_data(data: EncodedData, run: RunInfo, path: str) -> None:

@@ -56,7 +56,7 @@ from text.lines import TsvReader, chunks
 from text.report import DuplicateFinder, SplitReport, hash_sentence
 from text.vocabulary import build_vocabulary, write_table
 from text.workers import Workers
-from util import EncodingInfo, atomic_write, sha256, sweep
+from util import EncodingInfo, atomic_write, exclusive, sha256, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     words = encoded_kind(config) == WORDS
     sweep(folder, ".preprocess-*")
     # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
-    with (Workers(args.num_workers) as workers,
+    with (exclusive("--data_dir", str(folder)), Workers(args.num_workers) as workers,
           tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made):
         stage = Path(made)
         lines = TsvReader(folder / SPLITS[0], args.skip_bad_lines,

@@ -117,11 +117,11 @@ def run(args: argparse.Namespace, config: dict[str, Any],
     # data
     train, valid = data or load_data(args, config, encoded_kind(config))
     transformer = train.encoding.kind == SUBWORDS
-    if transformer:
-        check_output_folder(args.bert_output_dir, args.data_dir)
     # Only one run at a time writes to a place.
     with exclusive("--save_path", args.save_path), exclusive("--bert_output_dir",
                                                              args.bert_output_dir if transformer else None):
+        if transformer:
+            check_output_folder(args.bert_output_dir, args.data_dir)
         # model
         accelerator = make_accelerator(args, device, precision)
         set_seed(args.seed)

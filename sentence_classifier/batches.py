@@ -21,10 +21,14 @@ def by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> Iterator[
         yield order[start : start + batch_size]
 
 
-def pad(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, T] int64, 0 at pad positions, and the mask [B, T], True at real tokens."""
+def pad(rows: Sequence[Sequence[int] | np.ndarray], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, T] int64, 0 at pad positions, and the mask [B, T], True at real tokens.
+
+    Args:
+        multiple: T is the longest row's length, rounded up to a multiple of it.
+    """
     lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    mask = np.arange(-(-lengths.max() // multiple) * multiple) < lengths[:, None]
     ids = np.zeros(mask.shape, dtype=np.int64)
     ids[mask] = np.concatenate(rows)
     return ids, mask

@@ -150,3 +150,13 @@ def test_other_tables_are_refused(encoded: Place, damage: Callable[[Path], None]
     damage(path)
     with pytest.raises(InputError, match=str(path)):
         load_table(path, expected)
+
+
+def test_lengths_are_rounded_up_for_a_gpu(encoded: Place) -> None:
+    data = EncodedData(encoded.data / "train.txt.ids")
+    plain = data.batch(range(5))
+    data.length_multiple = 8
+    rounded = data.batch(range(5))
+    length = plain.input_ids.shape[1]
+    assert rounded.input_ids.shape[1] == -(-length // 8) * 8
+    assert torch.equal(rounded.input_ids[:, :length], plain.input_ids) and not rounded.attention_mask[:, length:].any()

@@ -47,6 +47,7 @@ from text import lines as text
 from text.checks import file_fault
 from text.labels import UNKNOWN_LABEL, looks_like_logits, read_labels, write_labels
 from text.workers import Workers
+from util import exclusive
 
 SPLITS = ("train.txt", "valid.txt", "test.txt")
 MADE = {"train.txt.ids", "valid.txt.ids", "test.txt.ids", "vocab.txt", "label.txt", "embedding.npy"}
@@ -672,3 +673,10 @@ def test_what_is_known_of_the_real_data(shared: Path, tmp_path: Path, caplog: py
     preprocess.main([f"--config={config}", f"--data_dir={tmp_path / name}", "--embedding_path=none"])
     for fact in known:
         assert fact in caplog.text
+
+
+def test_of_two_runs_on_one_folder_the_second_is_refused(raw: Place) -> None:
+    before = snapshot(raw.data)
+    with exclusive("--data_dir", str(raw.data)):
+        assert "another run is writing to it" in refusal(preprocess.main, *raw.preprocess_flags())
+    assert snapshot(raw.data) == before

@@ -157,6 +157,8 @@ class Trainer:
         self.accelerator = accelerator
         self.on_epoch = on_epoch
         self.train_data = run.train
+        if accelerator.device.type == "cuda":
+            self.train_data.length_multiple = 8
         self.valid_data = run.valid
         self.processes = accelerator.num_processes
         self.notes: dict[str, Any] = {}  # what the results say beside the history

@@ -22,7 +22,7 @@ import evaluate
 import train
 from compression import onnx_export as export
 from dataset import pad
-from model import Classifier, Stack, WordEmbedding, load_classifier
+from model import Classifier, StackedEncoder, WordEmbedding, load_classifier
 from sentence_classifier.classifier import METADATA_KEY, VOCABULARY_KEY, load
 from sentence_classifier.errors import InputError
 from util import RunInfo, load_checkpoint
@@ -137,7 +137,7 @@ def test_the_graph_of_tabulated_convolutions() -> None:
     assert export.check(graph, ready(model), ROWS) < 1e-5
     assert operators(graph).count("MatMulInteger") == 1 and "Conv" not in operators(graph)
     assert (50, DIM) not in {tuple(tensor.dims) for tensor in graph.graph.initializer}  # nobody reads the vectors
-    assert isinstance(model.embedding, WordEmbedding) and isinstance(model.encoder, Stack)
+    assert isinstance(model.embedding, WordEmbedding) and isinstance(model.encoder, StackedEncoder)
 
 
 def ready(model: Classifier) -> Any:

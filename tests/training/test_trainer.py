@@ -141,7 +141,9 @@ def test_clipping(encoded: Place, limit: float, monkeypatch: pytest.MonkeyPatch)
     (["--warmup_ratio=0.5"], 12), ([], 0)])
 def test_which_warmup_wins(encoded: Place, flags: list[str], warmup: int) -> None:
     made = make_trainer(encoded, "--epoch=4", *flags)
-    assert made.total_steps == 24 and made._warmup_steps() == warmup
+    factor = made.scheduler.lr_lambdas[0]
+    assert made.total_steps == 24 and factor(warmup) == 1 > factor(warmup + 1)
+    assert all(factor(step) < 1 for step in range(warmup))
 
 
 def test_max_train_steps(encoded: Place) -> None:
