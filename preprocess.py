@@ -35,9 +35,9 @@ from cli.flags import (
     add_config_flag,
     add_data_dir_flag,
     natural_int,
-    number,
     positive_int,
 )
+from cli.training_flags import OOV_SCALE
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
@@ -90,10 +90,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
                           help="The vocabulary holds at most so many words: those of train.txt by frequency, then "
                                "those of the vector file in its order; 0 means all. (default: %(default)s)")
-    encoding.add_argument("--oov_scale", type=number(), default=1.0,
-                          help="Words that the vector file lacks get random vectors of this size, where 1.0 is the "
-                               "size of the file's own; smaller ones matter less until training has changed them. "
-                               "(default: the config's oov_scale, else 1.0)")
+    OOV_SCALE.add_to(encoding)
     encoding.add_argument("--skip_bad_lines", action="store_true",
                           help="Pass over unusable lines and count them, in place of ending at the first.")
     encoding.add_argument("--num_workers", type=positive_int, default=1,

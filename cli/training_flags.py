@@ -36,33 +36,35 @@ class Group:
     Attributes:
         recipe: they say how to train, not where and on what: the search may vary them.
         place: they say where files and processes are, which changes no result.
+        decisive: a resumed run must have the same.
     """
 
     title: str
     recipe: bool = False
     place: bool = False
+    decisive: bool = False
 
 
 FILES = Group("files", place=True)
-COURSE = Group("course of the training", recipe=True)
-OPTIMIZER = Group("optimizer", recipe=True)
-LOSS = Group("loss and regularization", recipe=True)
-TRANSFORMERS = Group("transformers", recipe=True)
-QUANTIZATION = Group("quantization-aware training: evaluate.py answers in int8 with the same flag")
+COURSE = Group("course of the training", recipe=True, decisive=True)
+OPTIMIZER = Group("optimizer", recipe=True, decisive=True)
+LOSS = Group("loss and regularization", recipe=True, decisive=True)
+TRANSFORMERS = Group("transformers", recipe=True, decisive=True)
+QUANTIZATION = Group("quantization-aware training: evaluate.py answers in int8 with the same flag", decisive=True)
 MACHINE = Group("machine", place=True)
 PROCESSES = Group("several processes: the same command line after torchrun --nproc_per_node 2 or accelerate launch; "
                   "--batch_size is that of each process")
 
 
 @dataclass(frozen=True)
-class TrainingFlag:
+class Flag:
     """A row of the table.
 
     Attributes:
         help: a sentence; the default is added to it.
         type: from the text that the user types to the value, as argparse has it.
         in_config: a config may carry it, as part of the recipe that goes with the model.
-        decisive: a resumed run must have the same.
+        shared: whether a resumed run must have the same, where that differs from the group's `decisive`.
         says_default: what --help says of the default, where the value itself would not do.
         action: argparse's, of a switch.
     """
@@ -74,10 +76,15 @@ class TrainingFlag:
     default: Any = None
     choices: tuple[Any, ...] | None = None
     in_config: bool = False
-    decisive: bool = False
+    shared: bool | None = None
     says_default: str = ""
     metavar: str | None = None
     action: Any = None
+
+    @property
+    def decisive(self) -> bool:
+        """Whether a resumed run must have the same."""
+        return self.group.decisive if self.shared is None else self.shared
 
     def convert(self, value: Any) -> Any:
         """What the flag would hold for a value of JSON.
@@ -100,131 +107,111 @@ class TrainingFlag:
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add the flag to a group of a parser."""
-        default = self.says_default or ("" if self.default is None or self.action == "store_true" else
-                                        f"{self.default}")
+        switch = {"action": self.action, "default": bool(self.default)}
+        valued = {"type": self.type, "choices": self.choices, "metavar": self.metavar, "default": self.default}
+        default = self.says_default or ("" if self.default is None or self.action else str(self.default))
         if self.in_config:
             default = f"the config's, else {default}" if default else "the config's"
         text = f"{self.help.removesuffix('.')} (default: {default})." if default else self.help
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": self.default}
-        if self.action is not None:
-            options |= {"action": self.action, "default": bool(self.default)}
-        else:
-            options |= {"type": self.type, "choices": self.choices, "metavar": self.metavar}
-        group.add_argument(*self.spellings(), **options)
-
-    def spellings(self) -> list[str]:
-        """How it may be typed."""
-        return ["--local_rank", "--local-rank"] if self.name == "local_rank" else [f"--{self.name}"]
+        names = [f"--{self.name}", *(["--local-rank"] if self.name == "local_rank" else [])]
+        group.add_argument(*names, help=text.replace("%", "%%"), **(switch if self.action else valued))
 
 
 TABLE = (
-    TrainingFlag("embedding_filename", FILES, "The table of word vectors in DATA_DIR.", default="embedding.npy"),
-    TrainingFlag("label_filename", FILES, "The label map in DATA_DIR.", default="label.txt"),
-    TrainingFlag("augmented", FILES, "Train on augmented.txt in the place of train.txt.", action="store_true"),
-    TrainingFlag("save_path", FILES, "The checkpoint to write.", default="pytorch-model.pt"),
-    TrainingFlag("restore_path", FILES, "Begin with the weights of this checkpoint.", decisive=True),
-    TrainingFlag("resume", FILES, "Go on with the run whose state is SAVE_PATH.state.", action="store_true"),
-    TrainingFlag("keep_checkpoints", FILES, "Keep the N models before the best one, as SAVE_PATH.1 (the newest) to "
-                 "SAVE_PATH.N.", natural_int, 0, metavar="N"),
-    TrainingFlag("bert_output_dir", FILES, "The folder for the fine-tuned transformer and its tokenizer.",
-                 default="bert-checkpoint"),
-    TrainingFlag("log_dir", FILES, "The folder of TensorBoard's curves.", default="runs"),
-    TrainingFlag("log_path", FILES, "The training log.", default="train.log"),
+    Flag("embedding_filename", FILES, "The table of word vectors in DATA_DIR.", default="embedding.npy"),
+    Flag("label_filename", FILES, "The label map in DATA_DIR.", default="label.txt"),
+    Flag("augmented", FILES, "Train on augmented.txt in the place of train.txt.", action="store_true"),
+    Flag("save_path", FILES, "The checkpoint to write.", default="pytorch-model.pt"),
+    Flag("restore_path", FILES, "Begin with the weights of this checkpoint.", shared=True),
+    Flag("resume", FILES, "Go on with the run whose state is SAVE_PATH.state.", action="store_true"),
+    Flag("keep_checkpoints", FILES, "Keep the N models before the best one, as SAVE_PATH.1 (the newest) to "
+         "SAVE_PATH.N.", natural_int, 0, metavar="N"),
+    Flag("bert_output_dir", FILES, "The folder for the fine-tuned transformer and its tokenizer.",
+         default="bert-checkpoint"),
+    Flag("log_dir", FILES, "The folder of TensorBoard's curves.", default="runs"),
+    Flag("log_path", FILES, "The training log.", default="train.log"),
 
-    TrainingFlag("batch_size", COURSE, "Sentences of a batch.", positive_int, 128, in_config=True, decisive=True),
-    TrainingFlag("eval_batch_size", COURSE, "Sentences of a batch in evaluation.", positive_int, 128, decisive=True),
-    TrainingFlag("epoch", COURSE, "Train for at most this many epochs.", positive_int, in_config=True, decisive=True,
-                 says_default="64 for word vectors and 3 for transformers"),
-    TrainingFlag("max_train_steps", COURSE, "Train for at most this many optimizer steps.", positive_int,
-                 decisive=True),
-    TrainingFlag("eval_and_save_steps", COURSE, "Evaluate and save after this many steps, and at the end of each "
-                 "epoch.", positive_int, 500, decisive=True),
-    TrainingFlag("patience", COURSE, "Stop after this many epochs without a gain on valid.", positive_int, 7,
-                 in_config=True, decisive=True),
-    TrainingFlag("measure", COURSE, "Keep the model with the lowest loss or the highest accuracy on valid (the later "
-                 "of two that are equal), or the last one.", default="loss", choices=("loss", "accuracy", "last"),
-                 in_config=True, decisive=True),
-    TrainingFlag("seed", COURSE, "Draw all random numbers from this seed.", natural_int, 42, decisive=True),
+    Flag("batch_size", COURSE, "Sentences of a batch.", positive_int, 128, in_config=True),
+    Flag("eval_batch_size", COURSE, "Sentences of a batch in evaluation.", positive_int, 128),
+    Flag("epoch", COURSE, "Train for at most this many epochs.", positive_int, in_config=True,
+         says_default="64 for word vectors and 3 for transformers"),
+    Flag("max_train_steps", COURSE, "Train for at most this many optimizer steps.", positive_int),
+    Flag("eval_and_save_steps", COURSE, "Evaluate and save after this many steps, and at the end of each epoch.",
+         positive_int, 500),
+    Flag("patience", COURSE, "Stop after this many epochs without a gain on valid.", positive_int, 7, in_config=True),
+    Flag("measure", COURSE, "Keep the model with the lowest loss or the highest accuracy on valid (the later of two "
+         "that are equal), or the last one.", default="loss", choices=("loss", "accuracy", "last"), in_config=True),
+    Flag("seed", COURSE, "Draw all random numbers from this seed.", natural_int, 42),
 
-    TrainingFlag("lr", OPTIMIZER, "The highest learning rate.", number(), 2e-4, in_config=True, decisive=True,
-                 says_default="2e-4"),
-    TrainingFlag("embedding_lr", OPTIMIZER, "The highest learning rate of the word vectors or the transformer.",
-                 number(), in_config=True, decisive=True, says_default="that of --lr"),
-    TrainingFlag("layer_lr_decay", OPTIMIZER, "Multiply a transformer's learning rate by this factor for each layer "
-                 "further down.", number(0, 1), 1.0, in_config=True, decisive=True, metavar="FACTOR"),
-    TrainingFlag("num_warmup_steps", OPTIMIZER, "Let the learning rate rise for this many steps.", natural_int,
-                 decisive=True, says_default="as --warmup_epoch says"),
-    TrainingFlag("warmup_epoch", OPTIMIZER, "Let the learning rate rise for this many epochs; 0: as --warmup_ratio "
-                 "says.", number(), 0, decisive=True),
-    TrainingFlag("warmup_ratio", OPTIMIZER, "Let the learning rate rise for this share of all steps.", number(0, 1),
-                 0.0, in_config=True, decisive=True),
-    TrainingFlag("adam_epsilon", OPTIMIZER, "AdamW's epsilon.", number(), 1e-8, decisive=True),
-    TrainingFlag("weight_decay", OPTIMIZER, "AdamW's weight decay of matrices.", number(), 0.01, in_config=True,
-                 decisive=True),
-    TrainingFlag("gradient_accumulation_steps", OPTIMIZER, "Take an optimizer step after this many batches.",
-                 positive_int, 1, decisive=True),
-    TrainingFlag("max_grad_norm", OPTIMIZER, "Clip the gradient to this norm; 0: do not clip.", number(), 1.0,
-                 decisive=True),
+    Flag("lr", OPTIMIZER, "The highest learning rate.", number(), 2e-4, in_config=True, says_default="2e-4"),
+    Flag("embedding_lr", OPTIMIZER, "The highest learning rate of the word vectors or the transformer.", number(),
+         in_config=True, says_default="that of --lr"),
+    Flag("layer_lr_decay", OPTIMIZER, "Multiply a transformer's learning rate by this factor for each layer further "
+         "down.", number(0, 1), 1.0, in_config=True, metavar="FACTOR"),
+    Flag("num_warmup_steps", OPTIMIZER, "Let the learning rate rise for this many steps.", natural_int,
+         says_default="as --warmup_epoch says"),
+    Flag("warmup_epoch", OPTIMIZER, "Let the learning rate rise for this many epochs; 0: as --warmup_ratio says.",
+         number(), 0),
+    Flag("warmup_ratio", OPTIMIZER, "Let the learning rate rise for this share of all steps.", number(0, 1), 0.0,
+         in_config=True),
+    Flag("adam_epsilon", OPTIMIZER, "AdamW's epsilon.", number(), 1e-8),
+    Flag("weight_decay", OPTIMIZER, "AdamW's weight decay of matrices.", number(), 0.01, in_config=True),
+    Flag("gradient_accumulation_steps", OPTIMIZER, "Take an optimizer step after this many batches.", positive_int, 1),
+    Flag("max_grad_norm", OPTIMIZER, "Clip the gradient to this norm; 0: do not clip.", number(), 1.0),
 
-    TrainingFlag("criterion", LOSS, "The loss.", default="CrossEntropyLoss", choices=CRITERIA, in_config=True,
-                 decisive=True),
-    TrainingFlag("kd_temperature", LOSS, "Divide a teacher's logits and the student's by this before their softmax.",
-                 number(1e-3, 1e3), 1.0, in_config=True, decisive=True),
-    TrainingFlag("class_weights", LOSS, "Let rare classes count as much as frequent ones (balanced).", default="none",
-                 choices=("none", "balanced"), decisive=True),
-    TrainingFlag("embedding_trainable", LOSS, "Train the vectors of all words of train.txt, not only of those that the "
-                 "vector file lacks.", action=argparse.BooleanOptionalAction, default=False, in_config=True,
-                 decisive=True, says_default="not"),
-    TrainingFlag("word_dropout", LOSS, "Read <unk> in training in the place of a word that occurs N times, with the "
-                 "probability ALPHA / (ALPHA + N).", number(), 0.0, in_config=True, decisive=True, metavar="ALPHA"),
-    TrainingFlag("embedding_dropout", LOSS, "The dropout on the elements of word vectors.", number(0, 1, below=True),
-                 0.0, in_config=True, decisive=True),
-    TrainingFlag("token_cutoff", LOSS, "Read this share of a transformer's tokens as zeros in training.",
-                 number(0, 1, below=True), 0.0, in_config=True, decisive=True, metavar="SHARE"),
-    TrainingFlag("rdrop", LOSS, "The weight of R-Drop: two passes with different dropout must agree.", number(), 0.0,
-                 in_config=True, decisive=True, metavar="WEIGHT"),
-    TrainingFlag("ema_decay", LOSS, "Evaluate and save an exponential moving average of the weights with this decay; "
-                 "0: the weights themselves.", number(0, 1, below=True), 0.0, in_config=True, decisive=True),
+    Flag("criterion", LOSS, "The loss.", default="CrossEntropyLoss", choices=CRITERIA, in_config=True),
+    Flag("kd_temperature", LOSS, "Divide a teacher's logits and the student's by this before their softmax.",
+         number(1e-3, 1e3), 1.0, in_config=True),
+    Flag("class_weights", LOSS, "Let rare classes count as much as frequent ones (balanced).", default="none",
+         choices=("none", "balanced")),
+    Flag("embedding_trainable", LOSS, "Train the vectors of all words of train.txt, not only of those that the vector "
+         "file lacks.", action=argparse.BooleanOptionalAction, default=False, in_config=True, says_default="not"),
+    Flag("word_dropout", LOSS, "Read <unk> in training in the place of a word that occurs N times, with the "
+         "probability ALPHA / (ALPHA + N).", number(), 0.0, in_config=True, metavar="ALPHA"),
+    Flag("embedding_dropout", LOSS, "The dropout on the elements of word vectors.", number(0, 1, below=True), 0.0,
+         in_config=True),
+    Flag("token_cutoff", LOSS, "Read this share of a transformer's tokens as zeros in training.",
+         number(0, 1, below=True), 0.0, in_config=True, metavar="SHARE"),
+    Flag("rdrop", LOSS, "The weight of R-Drop: two passes with different dropout must agree.", number(), 0.0,
+         in_config=True, metavar="WEIGHT"),
+    Flag("ema_decay", LOSS, "Evaluate and save an exponential moving average of the weights with this decay; 0: the "
+         "weights themselves.", number(0, 1, below=True), 0.0, in_config=True),
 
-    TrainingFlag("bert_model_name_or_path", TRANSFORMERS, "The pretrained transformer: a folder or a hub name.",
-                 default="bert-base-uncased", decisive=True),
-    TrainingFlag("bert_use_feature_based", TRANSFORMERS, "Freeze the transformer.", action="store_true",
-                 decisive=True),
-    TrainingFlag("bert_remove_layers", TRANSFORMERS, "Leave out these layers, counted from 0.", number_list,
-                 decisive=True, metavar="8,9,10,11"),
-    TrainingFlag("lora_r", TRANSFORMERS, "Freeze the transformer and train low-rank updates of its matrices, which are "
-                 "merged into them in the checkpoint. Large models need less memory so; take a higher --lr, such as "
-                 "5e-4.", positive_int, decisive=True, metavar="RANK"),
-    TrainingFlag("gradient_checkpointing", TRANSFORMERS, "Compute activations twice in the place of keeping them: less "
-                 "memory, slower.", action="store_true"),
+    Flag("bert_model_name_or_path", TRANSFORMERS, "The pretrained transformer: a folder or a hub name.",
+         default="bert-base-uncased"),
+    Flag("bert_use_feature_based", TRANSFORMERS, "Freeze the transformer.", action="store_true"),
+    Flag("bert_remove_layers", TRANSFORMERS, "Leave out these layers, counted from 0.", number_list,
+         metavar="8,9,10,11"),
+    Flag("lora_r", TRANSFORMERS, "Freeze the transformer and train low-rank updates of its matrices, which are merged "
+         "into them in the checkpoint. Large models need less memory so; take a higher --lr, such as 5e-4.",
+         positive_int, metavar="RANK"),
+    Flag("gradient_checkpointing", TRANSFORMERS, "Compute activations twice in the place of keeping them: less memory, "
+         "slower.", action="store_true", shared=False),
 
-    TrainingFlag("enable_qat", QUANTIZATION, "Round weights and activations in training.", action="store_true",
-                 decisive=True),
-    TrainingFlag("enable_qat_fx", QUANTIZATION, "The same, for evaluation as a compiled graph.", action="store_true",
-                 decisive=True),
-    TrainingFlag("enable_diffq", QUANTIZATION, "DiffQ: learn the bits of each group of weights. The package diffq has "
-                 "the licence CC BY-NC 4.0: no commercial use.", action="store_true", decisive=True),
-    TrainingFlag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3,
-                 decisive=True),
+    Flag("enable_qat", QUANTIZATION, "Round weights and activations in training.", action="store_true"),
+    Flag("enable_qat_fx", QUANTIZATION, "The same, for evaluation as a compiled graph.", action="store_true"),
+    Flag("enable_diffq", QUANTIZATION, "DiffQ: learn the bits of each group of weights. The package diffq has the "
+         "licence CC BY-NC 4.0: no commercial use.", action="store_true"),
+    Flag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3),
 
-    TrainingFlag("mixed_precision", MACHINE, "The precision of training steps; auto: bf16 where the processor or GPU "
-                 "is fast at it.", default="auto", choices=("auto", "no", "bf16", "fp16")),
-    TrainingFlag("compile", MACHINE, "Compile the model first, which takes minutes and a C++ compiler: it pays in long "
-                 "runs.", action="store_true", decisive=True),
-    TrainingFlag("fp16", MACHINE, "The same as --mixed_precision=fp16.", action="store_true"),
+    Flag("mixed_precision", MACHINE, "The precision of training steps; auto: bf16 where the processor or GPU is fast "
+         "at it.", default="auto", choices=("auto", "no", "bf16", "fp16")),
+    Flag("compile", MACHINE, "Compile the model first, which takes minutes and a C++ compiler: it pays in long runs.",
+         action="store_true", shared=True),
+    Flag("fp16", MACHINE, "The same as --mixed_precision=fp16.", action="store_true"),
 
-    TrainingFlag("zero_stage", PROCESSES, "DeepSpeed shares out among processes the optimizer's state (1), gradients "
-                 "too (2), weights too (3); 0: no DeepSpeed.", int, choices=(0, 1, 2, 3),
-                 says_default="as accelerate launch says, else 0"),
-    TrainingFlag("offload_optimizer", PROCESSES, "DeepSpeed keeps the optimizer's state in the machine's memory.",
-                 choices=("cpu", "none"), says_default="none"),
-    TrainingFlag("local_rank", PROCESSES, "Launchers set it; the environment decides.", int),
+    Flag("zero_stage", PROCESSES, "DeepSpeed shares out among processes the optimizer's state (1), gradients too (2), "
+         "weights too (3); 0: no DeepSpeed.", int, choices=(0, 1, 2, 3),
+         says_default="as accelerate launch says, else 0"),
+    Flag("offload_optimizer", PROCESSES, "DeepSpeed keeps the optimizer's state in the machine's memory.",
+         choices=("cpu", "none"), says_default="none"),
+    Flag("local_rank", PROCESSES, "Launchers set it; the environment decides.", int),
 )
 CONFIG_FLAGS = {flag.name: flag for flag in TABLE if flag.in_config}
 # preprocess.py's own, which a config may carry, too.
-OOV_SCALE = TrainingFlag("oov_scale", FILES, "The size of the random vectors of words that the vector file lacks, 1.0 "
-                         "being that of the file's vectors: below it, what training hardly reaches hardly matters.",
-                         number(), 1.0, in_config=True)
+OOV_SCALE = Flag("oov_scale", FILES, "Words that the vector file lacks get random vectors of this size, where 1.0 is the "
+                 "size of the file's own; smaller ones matter less until training has changed them.", number(), 1.0,
+                 in_config=True)
 # The precision is what --mixed_precision comes to on the machine.
 DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision")
 SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}

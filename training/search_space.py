@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cli.flags import did_you_mean, number_list
-from cli.training_flags import SEARCHABLE, TrainingFlag
+from cli.training_flags import SEARCHABLE, Flag
 from sentence_classifier.errors import FlagError, InputError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check_space(space: Any, source: str) -> dict[str, Any]:
             for name, rule in space.items()}
 
 
-def _check_values(flag: TrainingFlag | None, rule: Any, where: str, hint: str) -> Any:
+def _check_values(flag: Flag | None, rule: Any, where: str, hint: str) -> Any:
     if flag is None:
         raise InputError(f"{where}: no flag of train.py that can be searched{hint}.")
     if isinstance(rule, list):
@@ -73,7 +73,7 @@ def _check_values(flag: TrainingFlag | None, rule: Any, where: str, hint: str) -
     return {"low": low, "high": high, "log": log, "step": step}
 
 
-def _check_value(flag: TrainingFlag, value: Any, where: str) -> Any:
+def _check_value(flag: Flag, value: Any, where: str) -> Any:
     try:
         held = flag.convert(value)
     except ValueError as error:
