@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cli.flags import Parser, did_you_mean
@@ -28,66 +28,55 @@ class Key:
     required: bool = True
 
 
-def _is_int(value: Any, low: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_int(size) for size in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_size, value))
 
 
 def _is_kernels(value: Any) -> bool:
-    return (isinstance(value, list) and bool(value) and all(_is_sizes(row) for row in value)
-            and len({len(row) for row in value}) == 1 and all(size % 2 for row in value for size in row))
+    return (isinstance(value, list) and bool(value) and all(map(_is_sizes, value))
+            and len(set(map(len, value))) == 1 and all(size % 2 for row in value for size in row))
 
 
-def _number(low: float, high: float, required: bool = True) -> Key:
-    return Key(lambda v: isinstance(v, int | float) and not isinstance(v, bool) and low <= v <= high,
-               f"a number from {low:g} to {high:g}", required)
-
-
-_POSITIVE = Key(_is_int, "a whole number above 0")
-_OPTIONAL_POSITIVE = Key(_is_int, "a whole number above 0", required=False)
+_SIZE = Key(_is_size, "a whole number above 0")
 _BOOL = Key(lambda v: isinstance(v, bool), "true or false")
 _TEXT = Key(lambda v: isinstance(v, str) and bool(v) and v.isprintable() and " " not in v, "a word without blanks")
-_SIZES = Key(_is_sizes, "a list of whole numbers above 0")
-
-_CNN = {"num_filters": _POSITIVE, "kernel_sizes": _SIZES}
+_CNN = {"num_filters": _SIZE, "kernel_sizes": Key(_is_sizes, "a list of whole numbers above 0")}
 _DENSENET = {
     "densenet_kernels": Key(_is_kernels, "a list of rows of odd kernel sizes, all rows of one length"),
-    "densenet_first_num_filters": _POSITIVE,
-    "densenet_num_filters": _POSITIVE,
-    "densenet_last_num_filters": _POSITIVE,
+    **dict.fromkeys(("densenet_first_num_filters", "densenet_num_filters", "densenet_last_num_filters"), _SIZE),
 }
 
 # Keys by what asks for them: every config, an embedding class, an encoder class.
-COMMON_KEYS = {"n_ctx": _POSITIVE, "dropout": _number(0, 0.99)}
+COMMON_KEYS = {"n_ctx": _SIZE,
+               "dropout": Key(lambda v: type(v) in (int, float) and 0 <= v <= 0.99, "a number from 0 to 0.99")}
 TRANSFORMERS = ("bert", "distilbert", "roberta", "bart", "gpt")
 EMBEDDING_KEYS: dict[str, dict[str, Key]] = {
     **{name: {} for name in TRANSFORMERS},  # which architecture it is, the model's own config says
-    "bart": {"use_kobart": Key(_BOOL.check, _BOOL.says, required=False)},
+    "bart": {"use_kobart": replace(_BOOL, required=False)},
     "glove": {
         "lowercase": _BOOL,
-        "token_emb_dim": _POSITIVE,
+        "token_emb_dim": _SIZE,
         "pad_token": _TEXT,
-        "pad_token_id": Key(lambda v: v == 0 and _is_int(v, 0), "0"),
+        "pad_token_id": Key(lambda v: type(v) is int and v == 0, "0"),
         "unk_token": _TEXT,
-        "unk_token_id": Key(lambda v: v == 1 and _is_int(v, 0), "1"),
+        "unk_token_id": Key(lambda v: type(v) is int and v == 1, "1"),
         "tokenizer": Key(lambda v: v in tuple(WORD_TOKENIZERS), " or ".join(WORD_TOKENIZERS), required=False),
     },
 }
 ENCODER_KEYS: dict[str, dict[str, Key]] = {
     "gnb": {},
     "cls": {},
-    "cnn": {**_CNN, "fc_hidden_size": _POSITIVE},
-    "densenet-cnn": {**_DENSENET, **_CNN, "fc_hidden_size": _OPTIONAL_POSITIVE},
-    "densenet-dsa": {**_DENSENET, "dsa_num_attentions": _POSITIVE, "dsa_dim": _POSITIVE, "dsa_r": _POSITIVE,
-                     "fc_hidden_size": _POSITIVE},
+    "cnn": {**_CNN, "fc_hidden_size": _SIZE},
+    "densenet-cnn": {**_DENSENET, **_CNN, "fc_hidden_size": replace(_SIZE, required=False)},
+    "densenet-dsa": {**_DENSENET, **dict.fromkeys(("dsa_num_attentions", "dsa_dim", "dsa_r", "fc_hidden_size"), _SIZE)},
 }
 
 # Settings of train.py and preprocess.py that a config may carry: the recipe that goes with the model.
-RECIPE_KEYS: dict[str, Callable[[Any], Any]] = {
-    "oov_scale": OOV_SCALE.convert, **{name: flag.convert for name, flag in CONFIG_FLAGS.items()}}
+RECIPE_KEYS = {"oov_scale": OOV_SCALE, **CONFIG_FLAGS}
 
 
 def encoded_kind(config: dict[str, Any]) -> str:
@@ -130,17 +119,18 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        repeated = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {repeated!r} stands twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} stands twice")
+        result[key] = value
     return result
 
 
 def check_config(config: dict[str, Any], path: str) -> None:
     """Raise InputError with all that is wrong with a config: missing and unknown keys, values out of range."""
     problems = []
-    allowed = {**COMMON_KEYS}
+    allowed = dict(COMMON_KEYS)
     for key, registry in (("emb_class", EMBEDDING_KEYS), ("enc_class", ENCODER_KEYS)):
         value = config.get(key)
         if key not in config:
@@ -156,7 +146,7 @@ def check_config(config: dict[str, Any], path: str) -> None:
         for key, value in config.items():
             if key in RECIPE_KEYS:
                 try:
-                    RECIPE_KEYS[key](value)
+                    RECIPE_KEYS[key].convert(value)
                 except ValueError as error:
                     problems.append(f"{key} is {json.dumps(value)}: {error}")
             elif key not in allowed and key not in ("emb_class", "enc_class"):

@@ -78,20 +78,16 @@ def format_flag(action: argparse.Action, value: Any) -> list[str]:
 
 def positive_int(text: str) -> int:
     """A flag's value that must be a whole number above 0."""
-    return _ranged_int(text, 1)
-
-
-def natural_int(text: str) -> int:
-    """A flag's value that must be a whole number, 0 or above."""
-    return _ranged_int(text, 0)
+    return natural_int(text, 1)
 
 
 def thread_count(text: str) -> int:
     """A flag's value that must be a number of threads; 0: the library's choice."""
-    return _ranged_int(text, 0, 1024)  # torch dies by a signal when told to make thousands
+    return natural_int(text, 0, 1024)  # torch dies by a signal when told to make thousands
 
 
-def _ranged_int(text: str, low: int, high: int = (1 << 63) - 1) -> int:
+def natural_int(text: str, low: int = 0, high: int = (1 << 63) - 1) -> int:
+    """A flag's value that must be a whole number, 0 or above."""
     try:
         value = int(text)
     except ValueError:

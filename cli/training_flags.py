@@ -209,9 +209,9 @@ TABLE = (
 )
 CONFIG_FLAGS = {flag.name: flag for flag in TABLE if flag.in_config}
 # preprocess.py's own, which a config may carry, too.
-OOV_SCALE = Flag("oov_scale", FILES, "Words that the vector file lacks get random vectors of this size, where 1.0 is the "
-                 "size of the file's own; smaller ones matter less until training has changed them.", number(), 1.0,
-                 in_config=True)
+OOV_SCALE = Flag("oov_scale", FILES, "Words that the vector file lacks get random vectors of this size, where 1.0 is "
+                 "the size of the file's own; smaller ones matter less until training has changed them.", number(),
+                 1.0, in_config=True)
 # The precision is what --mixed_precision comes to on the machine.
 DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision")
 SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}

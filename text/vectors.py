@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -31,7 +31,6 @@ CACHE_FORMAT = "word vectors 1"  # another number makes older caches stale
 BLOCK = 1 << 20  # bytes of text parsed at a time; larger blocks leave the processor's cache and gain nothing
 BOM = b"\xef\xbb\xbf"
 NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
-Block = tuple[list[str | None], np.ndarray, ValueError | None]  # see _parse_block
 BLANKS = bytes.maketrans(b"\t\r\v\f", b"    ")
 
 
@@ -80,9 +79,7 @@ def read_vectors(path: str | os.PathLike[str], cache: bool = True, max_words: in
     if vectors.repeated or vectors.undecodable:
         logger.warning("%s: %d vectors; left out: %d with a word that stood above already, %d with a word that is not "
                        "UTF-8.", path, len(vectors.words), vectors.repeated, vectors.undecodable)
-    if max_words is None:
-        return vectors
-    return WordVectors(vectors.words[:max_words], vectors.table[:max_words], vectors.repeated, vectors.undecodable)
+    return replace(vectors, words=vectors.words[:max_words], table=vectors.table[:max_words])
 
 
 def _load(path: Path, identity: dict[str, str]) -> WordVectors | None:
@@ -119,9 +116,7 @@ def _convert(path: Path, target: Path, identity: dict[str, str]) -> None:
                     else:
                         seen.add(word)
                         keep.append(row)
-                if len(keep) < len(words):
-                    table = table[keep]
-                writer.append("table", table)
+                writer.append("table", table[keep] if len(keep) < len(words) else table)
                 kept = "".join(f"{words[row]}\n" for row in keep)
                 writer.append("words", np.frombuffer(kept.encode(), np.uint8))
                 lines += len(words)
@@ -182,7 +177,7 @@ def _parse_blocks(path: Path, file: IO[bytes], number: int,
         Size in bytes, words and vectors of a block; see _parse_block.
     """
     workers = min(os.cpu_count() or 1, 8)
-    pending: deque[tuple[int, Future[Block]]] = deque()
+    pending: deque[tuple[int, Future[tuple[list[str | None], np.ndarray, ValueError | None]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:
             block = file.read(BLOCK)
@@ -205,66 +200,40 @@ def _bad_line(path: Path, number: int, error: ValueError, dimension: int) -> Inp
                       "the line, or fetch the file again.")
 
 
-def _parse_block(block: bytes, dimension: int) -> Block:
+def _parse_block(block: bytes, dimension: int) -> tuple[list[str | None], np.ndarray, ValueError | None]:
     """Parse whole lines.
 
-    Lines made of one blank between fields, the even ones, are converted by Arrow, all their numbers at once. The others
-    (a word with blanks, tabs beside blanks) go to _parse_line, and so does a whole block in which Arrow finds a fault.
+    Where one blank stands between all fields, Arrow converts all numbers at once. A block with another line (a word
+    with blanks, tabs beside blanks) or with a fault goes to _parse_line.
 
     Returns:
         n words (None for one that is not UTF-8), their vectors [n, dimension], and what is wrong with the line after
         them, where one is.
     """
-    block = _one_blank(block)
-    starts, stops, even, ends = _find_fields(block, dimension)
-    words = [block[start:end] for start, end in zip(starts[even].tolist(), ends[:, 0].tolist(), strict=True)]
-    numbers = _cast_numbers(block, ends) if all(words) else None
-    table = np.empty((len(even), dimension), np.float32)
-    if numbers is None:
-        even[:] = False
-        words = []
-    else:
-        table[even] = numbers
-    wrong = None
-    for row in np.flatnonzero(~even).tolist():
-        try:
-            word, table[row] = _parse_line(block[starts[row]:stops[row]], dimension)
-        except ValueError as error:
-            words, table, wrong = words[:row], table[:row], error
-            break
-        words.insert(row, word)
-    return [_decode(word) for word in words], table, wrong
-
-
-def _one_blank(block: bytes) -> bytes:
-    """The same lines with blanks of one kind, none at their ends where the first line has one, and a last line end."""
+    # Blanks of one kind, none at the lines' ends where the first has one, as in fastText's files and before CRLF.
     if any(blank in block for blank in (b"\r", b"\t", b"\v", b"\f")):
         block = block.translate(BLANKS)
-    if block[:block.find(b"\n")].endswith(b" "):  # so fastText ends its lines, and so CRLF has become
+    if block[:block.find(b"\n")].endswith(b" "):
         block = block.replace(b" \n", b"\n")
-    return block if block.endswith(b"\n") else block + b"\n"
+    if not block.endswith(b"\n"):
+        block += b"\n"
+    if (parsed := _parse_even(block, dimension)) is not None:
+        words, table = parsed
+        return [_decode(word) for word in words], table, None
+    words, rows, wrong = [], [], None
+    for line in block.removesuffix(b"\n").split(b"\n"):
+        try:
+            word, row = _parse_line(line, dimension)
+        except ValueError as error:
+            wrong = error
+            break
+        words.append(word)
+        rows.append(row)
+    return [_decode(word) for word in words], np.array(rows, np.float32).reshape(-1, dimension), wrong
 
 
-def _find_fields(block: bytes, dimension: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Where lines and fields are. In b"a 1 2\\nb c 3 4\\n" with the dimension 2, the second line is no even one:
-
-        starts [0, 6], stops [5, 13], even [True, False], ends [[1, 3, 5]]
-
-    Returns:
-        Where each line starts and stops, whether it is even, and for the even ones where each field ends,
-        [lines, 1 + dimension].
-    """
-    characters = np.frombuffer(block, np.uint8)
-    ends = np.flatnonzero((characters == ord(" ")) | (characters == ord("\n")))
-    last = np.flatnonzero(characters[ends] == ord("\n"))  # the fields that are the last of a line
-    fields = np.diff(last, prepend=-1)
-    stops = ends[last]
-    even = fields == dimension + 1
-    return np.append(0, stops[:-1] + 1), stops, even, ends[np.repeat(even, fields)].reshape(-1, dimension + 1)
-
-
-def _cast_numbers(block: bytes, ends: np.ndarray) -> np.ndarray | None:
-    """The numbers of the even lines, [lines, dimension] float32; None where one is none, or not finite.
+def _parse_even(block: bytes, dimension: int) -> tuple[list[bytes], np.ndarray] | None:
+    """The words and numbers of lines whose fields one blank separates; None where a line is another.
 
     The block as it is becomes an Arrow array of strings, fields and what stands between them in turn. All that is no
     number is marked as missing, and passed over. b"a 1 2\\nb 3 4\\n", whose fields end at [[1, 3, 5], [7, 9, 11]]:
@@ -275,18 +244,26 @@ def _cast_numbers(block: bytes, ends: np.ndarray) -> np.ndarray | None:
     """
     import pyarrow as pa
 
+    characters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero((characters == ord(" ")) | (characters == ord("\n")))
+    last = np.flatnonzero(characters[ends] == ord("\n"))  # the fields that are the last of a line
+    if (np.diff(last, prepend=-1) != dimension + 1).any():
+        return None
+    ends = ends.reshape(-1, dimension + 1)
+    starts = [0, *(ends[:-1, -1] + 1).tolist()]
+    words = [block[start:end] for start, end in zip(starts, ends[:, 0].tolist(), strict=True)]
     bounds = np.zeros(2 * ends.size + 1, np.int32)
     bounds[1::2] = ends.reshape(-1)
     np.add(bounds[1::2], 1, out=bounds[2::2])
     present = np.zeros((*ends.shape, 2), bool)
     present[:, 1:, 0] = True
-    parts = (bounds, np.frombuffer(block, np.uint8), np.packbits(present, bitorder="little"))
+    parts = (bounds, characters, np.packbits(present, bitorder="little"))
     try:
         cast = pa.StringArray.from_buffers(present.size, *map(pa.py_buffer, parts)).cast(pa.float32())
     except pa.ArrowInvalid:
         return None
     numbers = np.frombuffer(cast.buffers()[1], np.float32, present.size).reshape(present.shape)[:, 1:, 0]
-    return numbers if np.isfinite(numbers).all() else None
+    return (words, numbers) if all(words) and np.isfinite(numbers).all() else None
 
 
 def _parse_line(line: bytes, dimension: int) -> tuple[bytes, np.ndarray]:
