@@ -38,7 +38,7 @@ from sentence_classifier.tokenizers import MASK, normalize
 from text.checks import not_english
 from text.labels import find_logits_info, write_logits_info
 from text.lines import Example, TsvReader, chunks, progress
-from text.tagging import ANALYZERS, ENGLISH, default_analyzer, make_analyzer
+from text.tagging import ANALYZERS, ENGLISH, default_analyzer
 from text.workers import Workers
 from util import atomic_write, cores, sha256
 
@@ -128,7 +128,7 @@ class Tagger:
     """
 
     def __init__(self, analyzer: str | None, lower: bool, label: str | None) -> None:
-        self.analyze = make_analyzer(analyzer) if analyzer else None
+        self.analyze = ANALYZERS[analyzer]() if analyzer else None
         self.lower = lower
         self.label = label
 
@@ -233,7 +233,7 @@ def tag_all(args: argparse.Namespace, analyzer: str | None, workers: int, file: 
     """The first pass: write the sentences, tagged, to `file`. Returns how many they are, and the words of each tag."""
     label = None if args.preserve_label else args.dummy_label
     if analyzer and workers > 1:
-        make_analyzer(analyzer)  # what is missing is said once, and here
+        ANALYZERS[analyzer]()  # what is missing is said once, and here
     if analyzer in ENGLISH:
         head = (example.sentence for example in TsvReader(args.input, args.skip_bad_lines))
         if warning := not_english(islice(head, SENTENCES), analyzer):

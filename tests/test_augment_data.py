@@ -311,7 +311,7 @@ def fake_spacy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_spacy(fake_spacy: Any, tmp_path: Path) -> None:
-    assert tagging.make_analyzer("spacy")(["I  am.", "so"]) == [
+    assert tagging.ANALYZERS["spacy"]()(["I  am.", "so"]) == [
         (["I", "am", "."], ["L1", "L2", "L1"]), (["so"], ["L2"])]
     write_lines(tmp_path / "in.txt", [("I am.", "x")])
     assert rows(run(tmp_path / "in.txt", "--analyzer=spacy"))[0] == ["I am .", "dummy"]
@@ -362,12 +362,12 @@ def test_korean_morphemes(monkeypatch: pytest.MonkeyPatch) -> None:
     kiwi.Kiwi = lambda **_: types.SimpleNamespace(  # type: ignore[attr-defined]
         tokenize=lambda sentences: [[Token(form="새 집", tag="NNG"), Token(form="이", tag="JKS")] for _ in sentences])
     monkeypatch.setitem(sys.modules, "kiwipiepy", kiwi)
-    assert tagging.make_analyzer("kiwi")(["새 집이"]) == [(["새", "집", "이"], ["NNG", "NNG", "JKS"])]
+    assert tagging.ANALYZERS["kiwi"]()(["새 집이"]) == [(["새", "집", "이"], ["NNG", "NNG", "JKS"])]
     khaiii = types.ModuleType("khaiii")
     word = types.SimpleNamespace(morphs=[types.SimpleNamespace(lex="집", tag="NNG")])
     khaiii.KhaiiiApi = lambda: types.SimpleNamespace(analyze=lambda sentence: [word])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "khaiii", khaiii)
-    assert tagging.make_analyzer("khaiii")(["집"]) == [(["집"], ["NNG"])]
+    assert tagging.ANALYZERS["khaiii"]()(["집"]) == [(["집"], ["NNG"])]
 
 
 def test_a_sentence_without_words(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

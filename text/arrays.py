@@ -25,13 +25,8 @@ from numpy.typing import DTypeLike
 from sentence_classifier.errors import InputError
 from util import atomic_write, open_input
 
-DTYPES = {
-    code: np.dtype(dtype)
-    for code, dtype in {
-        "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4", "F32": "<f4",
-        "U64": "<u8", "I64": "<i8", "F64": "<f8",
-    }.items()
-}
+DTYPES = {f"{kind.upper()}{8 * size}": np.dtype(f"<{kind}{size}")
+          for kind, sizes in (("u", (1, 2, 4, 8)), ("i", (1, 2, 4, 8)), ("f", (2, 4, 8))) for size in sizes}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ENCODED_FORMAT = "encoded-2"  # of the files that preprocess.py writes and dataset.py reads
 HEADER_LIMIT = 100_000_000  # bytes, the safetensors library's own
@@ -66,18 +61,14 @@ class ArrayWriter:
                 raise ValueError(f"no column {name!r} of {dtype} can be stored")
         self._rows = dict.fromkeys(columns, 0)
         self._spools: dict[str, IO[bytes]] = {}
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> ArrayWriter:
-        with contextlib.ExitStack() as stack:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                for name in self._columns:
-                    spool = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-                    self._spools[name] = stack.enter_context(spool)
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another place.") from None
-            self._stack = stack.pop_all()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for name in self._columns:
+                self._spools[name] = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); choose another place.") from None
         return self
 
     def append(self, name: str, array: np.ndarray) -> None:
@@ -99,7 +90,9 @@ class ArrayWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        with self._stack:
+        with contextlib.ExitStack() as stack:
+            for spool in self._spools.values():
+                stack.enter_context(spool)
             if kind is None:
                 self._assemble()
 
@@ -159,7 +152,7 @@ def _parse_header(text: bytes, size: int) -> tuple[dict[str, tuple[np.dtype, lis
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not strings")
     layout: dict[str, tuple[np.dtype, list[int], int]] = {}
-    spans: list[tuple[int, int]] = []
+    spans = []
     for name, entry in header.items():
         match entry:
             case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if (

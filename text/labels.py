@@ -97,26 +97,21 @@ class LabelParser:
         if self.labelled not in (None, labelled):
             raise ValueError(f"the label {shorten(label)}, and the file's first line has "
                              + ("none." if labelled else "one: this says that there is none."))
-        if not labelled:
-            self.labelled = self.logits = False
-            return NO_LABEL
-        target = self._logits(label) if self._is_logits(label) else self._class_id(label)
-        self.labelled = True
+        logits = self.logits
+        if logits is None:
+            logits = labelled and label not in self.ids and looks_like_logits(label)
+        target = NO_LABEL if not labelled else self._logits(label) if logits else self._class_id(label)
+        self.labelled, self.logits = labelled, logits
         return target
 
-    def _is_logits(self, label: str) -> bool:
-        return self.logits or (self.logits is None and label not in self.ids and looks_like_logits(label))
-
     def _class_id(self, label: str) -> int:
-        if label not in self.ids and self.unknown_allowed:
-            self.logits = False
-            if label not in self.unknown and len(self.unknown) < NAMED:
-                self.unknown.append(label)
-            return UNKNOWN_LABEL
-        if label not in self.ids:
+        if label in self.ids:
+            return self.ids[label]
+        if not self.unknown_allowed:
             raise ValueError(f"unknown label {shorten(label)}; train.txt has {shorten(', '.join(self.ids))}.")
-        self.logits = False
-        return self.ids[label]
+        if label not in self.unknown and len(self.unknown) < NAMED:
+            self.unknown.append(label)
+        return UNKNOWN_LABEL
 
     def _logits(self, label: str) -> list[float]:
         try:
@@ -131,7 +126,6 @@ class LabelParser:
         # Beyond single precision's range a finite number would be stored as infinity.
         if not all(math.isfinite(number) and abs(number) < 3e38 for number in numbers):
             raise ValueError("a logit that is not finite.")
-        self.logits = True
         return numbers if self.order is None else [numbers[column] for column in self.order]
 
 
@@ -142,11 +136,7 @@ def shorten(text: str, limit: int = 60) -> str:
 
 # --------------------------------------------------------------------------------------------- which columns logits are
 
-INFO_FORMAT = "logits-1"
-
-
-def _info_path(path: str | os.PathLike[str], checksum: str) -> Path:
-    return Path(path).with_name(f"logits-{checksum[:16]}.json")
+INFO_FORMAT, INFO_NAME = "logits-1", "logits-{:.16}.json"  # of the checksum
 
 
 def write_logits_info(path: str | os.PathLike[str], labels: list[str], **more: Any) -> None:
@@ -158,7 +148,7 @@ def write_logits_info(path: str | os.PathLike[str], labels: list[str], **more: A
     """
     checksum = sha256(path)
     write_json({"format": INFO_FORMAT, "sha256": checksum, "file": Path(path).name, "labels": labels, **more,
-                "date": time.strftime("%Y-%m-%d %H:%M:%S")}, _info_path(path, checksum))
+                "date": time.strftime("%Y-%m-%d %H:%M:%S")}, Path(path).with_name(INFO_NAME.format(checksum)))
 
 
 def find_logits_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -168,7 +158,7 @@ def find_logits_info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         InputError: there is one, and it is damaged.
     """
     checksum = sha256(path)
-    place = _info_path(path, checksum)
+    place = Path(path).with_name(INFO_NAME.format(checksum))
     if not place.exists():
         return None
     with open_input(place) as file:

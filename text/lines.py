@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -135,19 +135,9 @@ def progress(lines: TsvReader) -> Iterator[Example]:
             bar.update(lines.bytes_read - bar.n)
 
 
-class HasSentence(Protocol):
-    """Something with a sentence, such as an Example."""
-
-    @property
-    def sentence(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=HasSentence)
-
-
-def chunks(examples: Iterable[Item], sentences: int = 1024, characters: int = 1 << 18) -> Iterator[list[Item]]:
-    """Examples by so many, and fewer of long ones at a time."""
-    chunk: list[Item] = []
+def chunks(examples: Iterable[Any], sentences: int = 1024, characters: int = 1 << 18) -> Iterator[list[Any]]:
+    """Examples, or what else has a sentence, by so many, and fewer of long ones at a time."""
+    chunk: list[Any] = []
     size = 0
     for example in examples:
         chunk.append(example)

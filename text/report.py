@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -42,14 +43,9 @@ class SplitReport:
 
     def add(self, other: SplitReport) -> None:
         """Take in the figures of another part of the file."""
-        self.lengths += other.lengths
-        self.labels += other.labels
-        self.truncated += other.truncated
-        self.unknown_words += other.unknown_words
-        self.skipped += other.skipped
-        self.unknown_labels += other.unknown_labels
+        for counted in ("lengths", "labels", "truncated", "unknown_words", "skipped", "unknown_labels", "quoted"):
+            setattr(self, counted, getattr(self, counted) + getattr(other, counted))
         self.unknown_names = list(dict.fromkeys(self.unknown_names + other.unknown_names))[:NAMED]
-        self.quoted += other.quoted
 
     @property
     def sentences(self) -> int:
@@ -63,31 +59,24 @@ class SplitReport:
 
     def median_length(self) -> int:
         """The (lower) median of the sentences' lengths."""
-        middle = (self.sentences + 1) // 2
-        for length in sorted(self.lengths):
-            middle -= self.lengths[length]
-            if middle <= 0:
-                return length
-        return 0
+        lengths = sorted(self.lengths)
+        return lengths[np.searchsorted(np.cumsum([self.lengths[n] for n in lengths]), (self.sentences + 1) // 2)]
 
     def lines(self, label_names: tuple[str, ...], n_ctx: int) -> list[str]:
         """The report, a line each."""
-        said = [
-            f"[{self.name}] {self.sentences} sentences, {self.words} words; words a sentence: "
-            f"mean {self.words / self.sentences:.2f}, median {self.median_length()}, "
-            f"min {min(self.lengths)}, max {max(self.lengths)}",
-            f"[{self.name}] words that the vocabulary lacks: {self.unknown_words} "
-            f"({self.unknown_words / self.words:.2%})",
-        ]
+        said = [f"{self.sentences} sentences, {self.words} words; words a sentence: mean "
+                f"{self.words / self.sentences:.2f}, median {self.median_length()}, min {min(self.lengths)}, max "
+                f"{max(self.lengths)}",
+                f"words that the vocabulary lacks: {self.unknown_words} ({self.unknown_words / self.words:.2%})"]
         if self.labels:
             shares = ", ".join(f"{name} {self.labels[i]}" for i, name in enumerate(label_names[:30]))
-            more = f" and {len(label_names) - 30} more labels" if len(label_names) > 30 else ""
-            said.append(f"[{self.name}] labels: {shares}{more}")
+            said.append(f"labels: {shares}"
+                        + (f" and {len(label_names) - 30} more labels" if len(label_names) > 30 else ""))
         if self.truncated:
-            said.append(f"[{self.name}] {self.truncated} sentences are longer than n_ctx={n_ctx} and were truncated")
+            said.append(f"{self.truncated} sentences are longer than n_ctx={n_ctx} and were truncated")
         if self.skipped:
-            said.append(f"[{self.name}] {self.skipped} bad lines were skipped")
-        return said
+            said.append(f"{self.skipped} bad lines were skipped")
+        return [f"[{self.name}] {line}" for line in said]
 
 
 RECORD = np.dtype([("hash", "<u8"), ("line", "<u8"), ("label", "<i4"), ("split", "<i4")])
@@ -109,9 +98,8 @@ class DuplicateFinder:
 
     def __init__(self, folder: Path) -> None:
         self._stack = contextlib.ExitStack()
-        self._files: list[IO[bytes]] = [
-            self._stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_PARTITIONS)
-        ]
+        self._files: list[IO[bytes]] = [self._stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                                        for _ in range(_PARTITIONS)]
         self.names: list[str] = []
 
     def add_split(self, name: str) -> None:
@@ -135,50 +123,42 @@ class DuplicateFinder:
 
     def report(self) -> list[str]:
         """The findings, a line each. Ends the object's use."""
-        shared: Counter[tuple[int, int]] = Counter()
+        shared: Counter[tuple[int, int]] = Counter()  # pairs of splits; a split with itself: repeats
         conflicts: Counter[int] = Counter()
-        examples: dict[tuple[str, int, int], str] = {}
+        examples: dict[Any, str] = {}  # the first of each
         with self._stack:
-            for file in self._files:
-                file.seek(0)
-                records = np.frombuffer(file.read(), dtype=RECORD)
-                self._count(records, shared, conflicts, examples)
+            for group in self._groups():
+                splits = group["split"]
+                for first in np.unique(splits).tolist():
+                    mine = group[splits == first]
+                    for second in range(first, len(self.names)):
+                        others = mine[1:] if first == second else group[splits == second]
+                        if len(others):
+                            shared[first, second] += len(others)
+                            examples.setdefault((first, second), self._places(others[0], mine[0]))
+                    known = mine[mine["label"] >= 0]
+                    differing = known[known["label"] != known["label"][:1]]
+                    if len(differing):
+                        conflicts[first] += 1
+                        examples.setdefault(first, self._places(known[0], differing[0]))
         said = []
         for (first, second), count in sorted(shared.items()):
-            where = examples["shared", first, second]
-            if first == second:
-                said.append(f"[{self.names[first]}] {count} sentences repeat an earlier one (such as {where})")
-            else:
-                said.append(f"[{self.names[second]}] {count} sentences stand in {self.names[first]} too "
-                            f"(such as {where})")
+            what = "repeat an earlier one" if first == second else f"stand in {self.names[first]} too"
+            said.append(f"[{self.names[second]}] {count} sentences {what} (such as {examples[first, second]})")
         for split, count in sorted(conflicts.items()):
-            said.append(f"[{self.names[split]}] {count} sentences stand with two labels "
-                        f"(such as {examples['labels', split, split]})")
+            said.append(f"[{self.names[split]}] {count} sentences stand with two labels (such as {examples[split]})")
         return said
 
-    def _count(self, records: np.ndarray, shared: Counter[tuple[int, int]], conflicts: Counter[int],
-               examples: dict[tuple[str, int, int], str]) -> None:
-        records = records[np.lexsort((records["line"], records["split"], records["hash"]))]
-        borders = np.flatnonzero(np.diff(records["hash"])) + 1
-        # Most sentences stand alone: only the groups of two or more are looked at one by one.
-        starts = np.r_[0, borders]
-        ends = np.r_[borders, len(records)]
-        for number in np.flatnonzero(ends - starts > 1):
-            group = records[starts[number] : ends[number]]
-            splits = group["split"]
-            for first in np.unique(splits):
-                mine = group[splits == first]
-                for second in range(first, len(self.names)):
-                    others = mine[1:] if first == second else group[splits == second]
-                    if len(others):
-                        shared[first, second] += len(others)
-                        examples.setdefault(("shared", first, second),
-                                            f"{self._place(others[0])}, {self._place(mine[0])}")
-                known = mine[mine["label"] >= 0]
-                if len(np.unique(known["label"])) > 1:
-                    conflicts[first] += 1
-                    other = known[known["label"] != known["label"][0]][0]
-                    examples.setdefault(("labels", first, first), f"{self._place(known[0])}, {self._place(other)}")
+    def _groups(self) -> Iterator[np.ndarray]:
+        """The records of each sentence that stands in several places."""
+        for file in self._files:
+            file.seek(0)
+            records = np.frombuffer(file.read(), dtype=RECORD)
+            records = records[np.lexsort((records["line"], records["split"], records["hash"]))]
+            borders = np.flatnonzero(np.diff(records["hash"])) + 1
+            starts, ends = np.append(0, borders), np.append(borders, len(records))
+            for number in np.flatnonzero(ends - starts > 1):
+                yield records[starts[number] : ends[number]]
 
-    def _place(self, record: np.void) -> str:
-        return f"{self.names[record['split']]}:{record['line']}"
+    def _places(self, *records: np.void) -> str:
+        return ", ".join(f"{self.names[record['split']]}:{record['line']}" for record in records)

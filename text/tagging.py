@@ -1,7 +1,7 @@
 """Words and their parts of speech, by one of several analyzers, none of which is imported before it is asked for.
 
 An analyzer takes sentences and returns for each its words and their tags. Tags are the analyzer's own: they are
-compared with one another, never interpreted.
+compared with one another, never interpreted. Each maker raises InputError where its package is missing.
 """
 
 from __future__ import annotations
@@ -27,23 +27,7 @@ def default_analyzer() -> str:
     return "spacy" if all(map(importlib.util.find_spec, ("spacy", SPACY_MODEL))) else "hanta"
 
 
-def make_analyzer(name: str) -> Analyzer:
-    """Load an analyzer.
-
-    Args:
-        name: a key of ANALYZERS.
-
-    Raises:
-        InputError: it is not installed; says what to install.
-    """
-    return ANALYZERS[name]()
-
-
-# ---------------------------------------------------------------------------------------------------------- English
-
-
 def make_spacy() -> Analyzer:
-    """spaCy's tokenizer and tagger."""
     try:
         import spacy
     except ImportError:
@@ -68,11 +52,7 @@ def make_hanta() -> Analyzer:
     # By its whole path: of a bare name, HanTa would take a file of the current folder first, and it unpickles.
     tagger = HantaTagger(os.path.join(os.path.dirname(HanTa.__file__), "morphmodel_en.pgz"))
 
-    def analyze(sentences: list[str]) -> list[Analysis]:
-        words = map(split_whitespace, sentences)
-        return [(row, tagger(row)) for row in words]
-
-    return analyze
+    return lambda sentences: [(words, tagger(words)) for words in map(split_whitespace, sentences)]
 
 
 class HantaTagger:
@@ -136,11 +116,7 @@ class HantaTagger:
         return tags[::-1]
 
 
-# ----------------------------------------------------------------------------------------------------------- Korean
-
-
 def make_kiwi() -> Analyzer:
-    """Kiwi's morphemes."""
     try:
         from kiwipiepy import Kiwi
     except ImportError:
@@ -150,7 +126,6 @@ def make_kiwi() -> Analyzer:
 
 
 def make_khaiii() -> Analyzer:
-    """Khaiii's morphemes."""
     try:
         from khaiii import KhaiiiApi
     except ImportError:
@@ -162,7 +137,6 @@ def make_khaiii() -> Analyzer:
 
 
 def make_npc() -> Analyzer:
-    """A Korean analyzer that was never published."""
     raise InputError("--analyzer=npc: this analyzer was never published; pip install kiwipiepy and take "
                      "--analyzer=kiwi, or build khaiii from https://github.com/kakao/khaiii.")
 
