@@ -23,7 +23,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -106,9 +106,6 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------- words
-
-
 class Tagged(NamedTuple):
     """A sentence whose words are known: a line of the temporary file between the two passes."""
 
@@ -146,7 +143,7 @@ class Tagger:
         return rows, counts
 
 
-# One part of speech: its words, and how often these and all before them occur.
+# Of each tag, its words, and how often these and all before them occur.
 Lexicon = dict[str, tuple[list[str], list[int]]]
 
 
@@ -156,9 +153,6 @@ def make_lexicon(counts: Counter[tuple[str, str]]) -> Lexicon:
     for tag, word in sorted(counts):
         words.setdefault(tag, []).append(word)
     return {tag: (row, list(accumulate(counts[tag, word] for word in row))) for tag, row in words.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- variants
 
 
 @dataclass(frozen=True)
@@ -176,13 +170,7 @@ class Augmenter:
 
     def variants(self, words: list[str], tags: list[str], line: int) -> list[str]:
         """The sentence itself and up to n_iter different variants of it, in each of which at most half of the words
-        have changed, rounded down.
-
-        Args:
-            words: of the sentence.
-            tags: as many, or none.
-            line: the sentence's number.
-        """
+        have changed, rounded down. `tags` are as many as the words, or none; `line` is the sentence's number."""
         sentence = " ".join(words)
         made = {sentence: None}  # a set that keeps the order
         # Only random() is promised to draw alike in all versions of Python.
@@ -226,9 +214,6 @@ class Augmenter:
         return "".join(lines), len(lines), len(rows)
 
 
-# -------------------------------------------------------------------------------------------------------------- main
-
-
 def tag_all(args: argparse.Namespace, analyzer: str | None, workers: int, file: IO[str]) -> tuple[int, Lexicon]:
     """The first pass: write the sentences, tagged, to `file`. Returns how many they are, and the words of each tag."""
     label = None if args.preserve_label else args.dummy_label
@@ -255,14 +240,6 @@ def tag_all(args: argparse.Namespace, analyzer: str | None, workers: int, file: 
     return sentences, make_lexicon(counts)
 
 
-def read_tagged(file: IO[str]) -> Iterator[Tagged]:
-    """What tag_all wrote."""
-    file.seek(0)
-    for line in file:
-        number, *rest = line.removesuffix("\n").split("\t")
-        yield Tagged(int(number), *rest)
-
-
 def augment(args: argparse.Namespace) -> dict[str, Any]:
     """Make OUTPUT. Returns the figures: sentences, lines, and the seconds of both passes."""
     analyzer = None if args.no_analyzer else args.analyzer or default_analyzer()
@@ -279,7 +256,10 @@ def augment(args: argparse.Namespace) -> dict[str, Any]:
         make = partial(Augmenter, lexicon, args.p_mask, args.p_pos, args.p_ng, args.max_ng, n_iter, args.mask_token,
                        args.seed)
         # Fewer sentences at a time where each becomes many lines.
-        pieces = chunks(read_tagged(between), max(1, min(SENTENCES, 8192 // (n_iter + 1))), 1 << 20)
+        between.seek(0)
+        rows = (row.removesuffix("\n").split("\t") for row in between)
+        tagged = (Tagged(int(line), *rest) for line, *rest in rows)
+        pieces = chunks(tagged, max(1, min(SENTENCES, 8192 // (n_iter + 1))), 1 << 20)
         lines = 0
         with (Workers(workers, make) as pool,
               tqdm(total=sentences, unit="sentence", desc=Path(args.output).name, disable=None) as bar):

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -225,12 +226,10 @@ def prefetch(read: Callable[[Sequence[int]], AnyBatch], batches: Iterable[Sequen
     """
     with ThreadPoolExecutor(1) as worker:
         waiting = None
-        for indices in batches:
-            ready, waiting = waiting, worker.submit(read, indices)
+        for indices in chain(batches, [None]):
+            ready, waiting = waiting, None if indices is None else worker.submit(read, indices)
             if ready:
                 yield ready.result().pin_memory() if pin_memory else ready.result()
-        if waiting:
-            yield waiting.result().pin_memory() if pin_memory else waiting.result()
 
 
 def load_table(path: str | Path, expected: str) -> Tensor:

@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -43,15 +43,7 @@ from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
 from text.arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
 from text.checks import file_fault, label_warnings, low_coverage, split_warnings, swapped_columns, unspaced_text
-from text.labels import (
-    NO_LABEL,
-    UNKNOWN_LABEL,
-    LabelParser,
-    TrainingLabels,
-    label_parser,
-    read_labels,
-    write_labels,
-)
+from text.labels import NO_LABEL, UNKNOWN_LABEL, LabelParser, TrainingLabels, label_parser, read_labels, write_labels
 from text.lines import TsvReader, chunks
 from text.report import DuplicateFinder, SplitReport, hash_sentence
 from text.vocabulary import build_vocabulary, write_table
@@ -104,9 +96,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     return args, config
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-
-
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Run the stage."""
@@ -122,15 +111,16 @@ def main(argv: list[str] | None = None) -> None:
         stage = Path(made)
         lines = TsvReader(folder / SPLITS[0], args.skip_bad_lines,
                           parse_label=TrainingLabels(folder / SPLITS[0], folder / LABELS))
-        text = read_training_text(lines, (config["tokenizer"], config["lowercase"]) if words else None, workers)
+        counts, labels = read_training_text(
+            lines, (config["tokenizer"], config["lowercase"]) if words else None, workers)
         if not args.augmented:
-            write_labels(text.labels, stage / LABELS)
-        elif text.labels != read_labels(folder / LABELS):
+            write_labels(labels, stage / LABELS)
+        elif labels != read_labels(folder / LABELS):
             raise InputError(f"{folder / LABELS}: not the labels of {lines.path}; run preprocess.py without "
                              "--augmented first.")
 
-        vocabulary, found = make_vocabulary(args, config, text, stage) if words else read_tokenizer(args, config)
-        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=text.labels.names,
+        vocabulary, found = make_vocabulary(args, config, counts, stage) if words else read_tokenizer(args, config)
+        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=labels.names,
                             vocab_sha256=hashlib.sha256(vocabulary.encode()).hexdigest())
         with atomic_write(stage / VOCABULARY_FILES[info.kind]) as file:
             file.write(vocabulary)
@@ -140,16 +130,15 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             path, own = folder / name, info
             if name in SPLITS:
-                parser = label_parser(path, text.labels, unknown_allowed=name != SPLITS[0])
+                parser = label_parser(path, labels, unknown_allowed=name != SPLITS[0])
             else:
-                parser = label_parser(path, text.labels, args.dummy_label, args.logits_order, required=True)
+                parser = label_parser(path, labels, args.dummy_label, args.logits_order, required=True)
                 own = replace(info, augmented=True, dummy_label=args.dummy_label)
             lines = TsvReader(path, args.skip_bad_lines, parse_label=parser)
             reports.append(tokenize_split(lines, stage, own, duplicates, workers))
 
-        for line in [line for report in reports for line in report.lines(info.labels, info.n_ctx)]:
-            logger.info(line)
-        for line in duplicates.report():
+        for line in [*(line for report in reports for line in report.lines(info.labels, info.n_ctx)),
+                     *duplicates.report()]:
             logger.info(line)
         for name, report in zip(names, reports, strict=True):
             for warning in split_warnings(folder / name, report, info.labels):
@@ -177,27 +166,17 @@ def find_files(folder: Path, augmented: str | None) -> list[str]:
     return names
 
 
-# ------------------------------------------------------------------------------------------------ the training text
-
-
-class TrainingText(NamedTuple):
-    """What train.txt holds.
-
-    Attributes:
-        words: how often each occurs; empty where nobody asked.
-        labels: in order of first appearance, or those of label.txt where train.txt holds a teacher's logits.
-    """
-
-    words: Counter[str]
-    labels: Labels
-
-
-def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, workers: Workers) -> TrainingText:
+def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None,
+                       workers: Workers) -> tuple[Counter[str], Labels]:
     """Count the words of train.txt, collect its labels, and warn of what is surely not meant.
 
     Args:
         lines: of train.txt, with a TrainingLabels.
         tokenizer: see word_tokenizer; None counts no words.
+
+    Returns:
+        How often each word occurs; the labels in order of first appearance, or those of label.txt where train.txt holds
+        a teacher's logits.
     """
     words: Counter[str] = Counter()
     names: dict[str, None] = {}
@@ -208,7 +187,7 @@ def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, wor
         names.update(dict.fromkeys(labels))
         sentences += count
     if (follow := lines.parse_label.follow) is not None:
-        return TrainingText(words, Labels(tuple(follow.ids)))
+        return words, Labels(tuple(follow.ids))
     if len(names) < 2:
         raise InputError(f"{lines.path}: " + (file_fault(lines.path) or f"all lines have the one label "
                                               f"{next(iter(names))!r}; a classifier needs two."))
@@ -216,7 +195,7 @@ def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None, wor
     swapped = swapped_columns(len(names), sentences, texts)
     for warning in filter(None, [swapped] if swapped else [unspaced_text(words, sentences), *label_warnings(names)]):
         logger.warning(warning)
-    return TrainingText(words, Labels(tuple(names)))
+    return words, Labels(tuple(names))
 
 
 def count_block(lines: TsvReader, tokenizer: tuple[str, bool] | None,
@@ -231,26 +210,29 @@ def count_block(lines: TsvReader, tokenizer: tuple[str, bool] | None,
     return words, list(lines.parse_label.names), sentences
 
 
-# -------------------------------------------------------------------------------------- vocabularies and tokenizers
-
-
-def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], text: TrainingText,
+def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], counts: Counter[str],
                     stage: Path) -> tuple[str, dict[str, Any]]:
     """For the GloVe path: write embedding.npy into `stage`. Returns vocab.txt's text and EncodingInfo's part of it."""
-    vectors = load_vectors(args.embedding_path)
+    from text.vectors import read_vectors
+
+    path = args.embedding_path
+    if path != "none" and not os.path.exists(path):
+        raise InputError(f"{path}: no such file; fetch GloVe with python etc/download_embeddings.py, name another file "
+                         "with --embedding_path, or learn the vectors from the training data: --embedding_path none.")
+    vectors = None if path == "none" else read_vectors(path)
     words, file_rows, borders = build_vocabulary(
-        text.words, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
+        counts, [] if vectors is None else vectors.words, config["lowercase"], args.max_vocab,
         [config["pad_token"], config["unk_token"]])
     dim = config["token_emb_dim"] if vectors is None else vectors.table.shape[1]
     if dim != config["token_emb_dim"]:
         logger.warning("[%s has %d dimensions, not the config's token_emb_dim=%d: the file decides]",
-                       args.embedding_path, dim, config["token_emb_dim"])
+                       path, dim, config["token_emb_dim"])
     covered = words[borders["own"] : borders["seen"]]
-    running = sum(text.words.values())
-    share = sum(text.words[word] for word in covered) / running
+    running = sum(counts.values())
+    share = sum(counts[word] for word in covered) / running
     logger.info("[coverage] %d distinct words, %d (%.1f %%) with a vector of the file; of %d running words %.1f %%",
-                len(text.words), len(covered), 100 * len(covered) / len(text.words), running, 100 * share)
-    if vectors is not None and (warning := low_coverage(share, args.embedding_path, vectors.words)):
+                len(counts), len(covered), 100 * len(covered) / len(counts), running, 100 * share)
+    if vectors is not None and (warning := low_coverage(share, path, vectors.words)):
         logger.warning(warning)
     write_table(stage / "embedding.npy", None if vectors is None else vectors.table, file_rows, dim, args.oov_scale,
                 args.seed)
@@ -260,19 +242,7 @@ def make_vocabulary(args: argparse.Namespace, config: dict[str, Any], text: Trai
     return "".join(f"{word}\n" for word in words), {
         "kind": WORDS, "tokenizer": config["tokenizer"], "lowercase": config["lowercase"],
         "table": fingerprint(table, borders["own"]), "own_rows": borders["own"], "seen_rows": borders["seen"],
-        "embedding_path": args.embedding_path}
-
-
-def load_vectors(path: str) -> Any:
-    """The vector file, or None for --embedding_path none."""
-    if path == "none":
-        return None
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file; fetch GloVe with python etc/download_embeddings.py, name another file "
-                         "with --embedding_path, or learn the vectors from the training data: --embedding_path none.")
-    from text.vectors import read_vectors
-
-    return read_vectors(path)
+        "embedding_path": path}
 
 
 def read_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -294,27 +264,7 @@ def read_tokenizer(args: argparse.Namespace, config: dict[str, Any]) -> tuple[st
         "truncation_side": tokenizer.truncation_side, "empty_id": tokenizer.eos_token_id or tokenizer.unk_token_id or 0}
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizing
-
-
-class Part(NamedTuple):
-    """A part of an encoded file.
-
-    Attributes:
-        token_ids: [T] int32, of all sentences one after another.
-        lengths: [N] int64, how many each sentence has.
-        targets: [N] int32 class ids or [N, C] float32 logits.
-        hashes: [N] uint64, see hash_sentence.
-        lines: [N] int64, their numbers.
-        report: the figures.
-    """
-
-    token_ids: np.ndarray
-    lengths: np.ndarray
-    targets: np.ndarray
-    hashes: np.ndarray
-    lines: np.ndarray
-    report: SplitReport
+Part = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, SplitReport]
 
 
 def tokenize_split(lines: TsvReader, stage: Path, info: EncodingInfo, duplicates: DuplicateFinder,
@@ -336,13 +286,14 @@ def tokenize_split(lines: TsvReader, stage: Path, info: EncodingInfo, duplicates
     with ArrayWriter(stage / f"{path.name}.{info.kind}",
                      {"token_ids": ("i4", ()), "offsets": ("i8", ()), name: column}) as writer:
         writer.append("offsets", end)
-        for part in workers.map(partial(tokenize_block, lines, stage, info), lines.blocks()):
-            writer.append("token_ids", part.token_ids)
-            writer.append("offsets", end + np.cumsum(part.lengths))
-            writer.append(name, part.targets)
-            end += part.lengths.sum()
-            duplicates.add(part.hashes, part.lines, -1 if parser.logits else part.targets)
-            report.add(part.report)
+        blocks = workers.map(partial(tokenize_block, lines, stage, info), lines.blocks())
+        for token_ids, lengths, targets, hashes, numbers, figures in blocks:
+            writer.append("token_ids", token_ids)
+            writer.append("offsets", end + np.cumsum(lengths))
+            writer.append(name, targets)
+            end += lengths.sum()
+            duplicates.add(hashes, numbers, -1 if parser.logits else targets)
+            report.add(figures)
         writer.metadata["format"] = ENCODED_FORMAT
         made = replace(info, augmented=False, source_sha256=sha256(path), skip_bad_lines=lines.skip_bad_lines,
                        sentences=report.sentences, skipped=report.skipped)
@@ -356,12 +307,17 @@ def target_column(parser: LabelParser) -> tuple[str, tuple[str, tuple[int, ...]]
 
 
 def tokenize_block(lines: TsvReader, stage: Path, info: EncodingInfo, block: tuple[int, bytes]) -> Part:
-    """Encode a part of a file."""
+    """Encode a part of a file.
+
+    Returns:
+        token_ids [T] int32, of all N sentences one after another; lengths [N] int64; targets, [N] int32 class ids or
+        [N, C] float32 logits; hashes [N] uint64, see hash_sentence; the lines' numbers [N] int64; the figures.
+    """
     first, raw = block
     parser: LabelParser = lines.parse_label
     tokenizer = load_tokenizer(stage, info)
     report = SplitReport(str(lines.path))
-    tokens, lengths, targets, hashes, numbers = array("i"), array("q"), [], array("Q"), array("q")
+    tokens, lengths, targets, hashes, numbers = array("i"), [], [], [], []
     for examples in chunks(lines.parse(io.BytesIO(raw), first)):
         rows = tokenizer.tokenize_batch([example.sentence for example in examples])
         for (line, sentence, target), (row, length) in zip(examples, rows, strict=True):
@@ -380,9 +336,8 @@ def tokenize_block(lines: TsvReader, stage: Path, info: EncodingInfo, block: tup
         report.labels = Counter({target: count for target, count in counts.items() if target >= 0})
     report.skipped = lines.skipped
     _, (dtype, shape) = target_column(parser)
-    return Part(np.array(tokens, dtype=np.int32), np.array(lengths, dtype=np.int64),
-                np.array(targets, dtype=dtype).reshape(-1, *shape), np.array(hashes, dtype=np.uint64),
-                np.array(numbers, dtype=np.int64), report)
+    return (np.array(tokens, np.int32), np.array(lengths, np.int64), np.array(targets, dtype).reshape(-1, *shape),
+            np.array(hashes, np.uint64), np.array(numbers, np.int64), report)
 
 
 @functools.lru_cache(maxsize=1)

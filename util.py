@@ -263,7 +263,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-
 def keep_freed_memory() -> None:
     """From now on this process keeps what memory it frees for its next allocations, where its C library is glibc.
 
@@ -273,10 +272,8 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
-    libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
+    for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def git_revision() -> str:
@@ -290,10 +287,8 @@ def git_revision() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "accelerate"):
-        found[package] = metadata.version(package)
-    return found
+    packages = ("torch", "transformers", "numpy", "accelerate")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

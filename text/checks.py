@@ -15,8 +15,6 @@ from text.labels import shorten
 from text.report import SplitReport
 from util import open_input
 
-# ------------------------------------------------------------------------------------------------ files as a whole
-
 HEAD = 1 << 20  # bytes that tell what a file is
 UNPACK = "unpack it first"
 MAGIC = {
@@ -85,8 +83,6 @@ def _decodes(text: bytes, encoding: str) -> bool:
         return False
     return True
 
-
-# ------------------------------------------------------------------------------------------------ sentences and labels
 
 TEXT_NAMES = frozenset("comment content document input message query question review sentence text title tweet "
                        "utterance 문장 document_text 텍스트 句子 文本".split())

@@ -23,8 +23,6 @@ from util import atomic_write, open_input, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------------------------------------------- names and logits
-
 
 def read_labels(path: str | os.PathLike[str]) -> Labels:
     """Read label.txt: one name a line, the line's place is the id."""
@@ -133,8 +131,6 @@ def shorten(text: str, limit: int = 60) -> str:
     """A label for a message: in quotes, and cut off where it is long."""
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
-
-# --------------------------------------------------------------------------------------------- which columns logits are
 
 INFO_FORMAT, INFO_NAME = "logits-1", "logits-{:.16}.json"  # of the checksum
 

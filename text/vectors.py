@@ -249,7 +249,7 @@ def _parse_even(block: bytes, dimension: int) -> tuple[list[bytes], np.ndarray] 
     last = np.flatnonzero(characters[ends] == ord("\n"))  # the fields that are the last of a line
     if (np.diff(last, prepend=-1) != dimension + 1).any():
         return None
-    ends = ends.reshape(-1, dimension + 1)
+    ends = ends.reshape(-1, dimension + 1)  # type: ignore[assignment]
     starts = [0, *(ends[:-1, -1] + 1).tolist()]
     words = [block[start:end] for start, end in zip(starts, ends[:, 0].tolist(), strict=True)]
     bounds = np.zeros(2 * ends.size + 1, np.int32)
