@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -44,14 +44,13 @@ class WordVectors:
     undecodable: int  # lines left out because their word is not UTF-8
 
 
-def read_vectors(path: str | os.PathLike[str], cache: bool = True, max_words: int | None = None) -> WordVectors:
+def read_vectors(path: str | os.PathLike[str], cache: bool = True) -> WordVectors:
     """Read a text file of word vectors.
 
     Args:
         path: the file.
         cache: keep the parsed vectors in `path.cache`, recognised by the file's size and time, and read them from
             there. Where it cannot be written, the log says so and reading goes on.
-        max_words: return only the first so many vectors.
 
     Raises:
         InputError: with file, line, what is wrong and what to do.
@@ -79,7 +78,7 @@ def read_vectors(path: str | os.PathLike[str], cache: bool = True, max_words: in
     if vectors.repeated or vectors.undecodable:
         logger.warning("%s: %d vectors; left out: %d with a word that stood above already, %d with a word that is not "
                        "UTF-8.", path, len(vectors.words), vectors.repeated, vectors.undecodable)
-    return replace(vectors, words=vectors.words[:max_words], table=vectors.table[:max_words])
+    return vectors
 
 
 def _load(path: Path, identity: dict[str, str]) -> WordVectors | None:

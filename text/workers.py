@@ -5,6 +5,7 @@ Memory stays flat: only a few pieces for each process are under way at a time.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,7 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """So many processes, which start with the first piece and end with the `with` block.
 
     Args:
@@ -39,9 +40,6 @@ class Workers:
         # Processes that start anew, not copies of this one: copying one whose libraries have threads can hang.
         self._pool = (ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin, (make,))
                       if number > 1 else None)
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:

@@ -90,14 +90,6 @@ def test_what_is_left_out_is_counted_and_logged(tmp_path: Path, caplog: pytest.L
         assert "1 with a word that stood above" in caplog.text and "3 with a word that is not UTF-8" in caplog.text
 
 
-def test_max_words_takes_the_first(tmp_path: Path) -> None:
-    path = write(tmp_path, PLAIN)
-    for cache in (False, True, True):
-        result = read_vectors(path, cache=cache, max_words=1)
-        assert result.words == ["the"] and result.table.shape == (1, 3)
-    assert len(read_vectors(path, max_words=9).words) == len(read_vectors(path).words) == 2
-
-
 @pytest.mark.parametrize(("content", "line", "reason"), [
     (b"", 1, "empty"), (b"\n", 1, "no word"), (b"word\n", 1, "no word"), (b"some prose\nand more\n", 1, "no word"),
     (b"a 1 2\nb 1 2\nc 1\n", 3, "1 numbers"), (b"a 1 2\nb 1 2\nc 1 2 3\n", 3, "3 numbers"),
