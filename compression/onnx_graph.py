@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from sentence_classifier.classifier import INPUTS, OUTPUT, make_session, pad
+from sentence_classifier.batches import pad
+from sentence_classifier.classifier import INPUTS, OUTPUT, make_session
 
 # Operators that compute each position by itself.
 ROWWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Where", "Not", "Cast", "Erf", "Gelu", "Relu", "Tanh", "Sigmoid",
