@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dataset import EncodedData, find_table, load_table
 from pretrained.checks import check_padding, check_size, check_tokenizer, classification_token
 from pretrained.layout import architecture
-from pretrained.loading import build_from_config, load_pretrained
+from pretrained.loading import build_from_config, keep_scores_in_fp32, load_pretrained
 from pretrained.masking import Masking
 from pretrained.surgery import checkpoint_activations, remove_layers
 from sentence_classifier.tokenizers import SUBWORDS, WORDS
@@ -224,6 +224,7 @@ class TransformerEmbedding(nn.Module):
         self.output: Any = None
         self.output_size: int = transformer.config.hidden_size
         self.masking = Masking(transformer)
+        keep_scores_in_fp32(transformer)
         self._options = {"use_cache": False} if "use_cache" in signature(transformer.forward).parameters else {}
         if frozen:
             transformer.requires_grad_(False)

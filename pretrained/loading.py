@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pretrained.layout import NUM_HEADS, keep_first_heads
 from sentence_classifier.errors import InputError
@@ -156,3 +157,12 @@ def attention_of(model: Any) -> str:
 def can_choose_attention(model: Any) -> bool:
     """Whether the model takes any of transformers' implementations; DeBERTa, MPNet and others have their own."""
     return model._can_set_attn_implementation()
+
+
+def keep_scores_in_fp32(model: Any) -> None:
+    """Give DeBERTa's attention scores in fp32 under autocast: it fills them with the least number of fp32."""
+    for module in model.modules():
+        if hasattr(module, "head_logits_proj"):  # what DeBERTa puts the scores through, if anything
+            if module.head_logits_proj is None:
+                module.head_logits_proj = nn.Identity()
+            module.head_logits_proj.register_forward_hook(lambda module, inputs, scores: scores.float())

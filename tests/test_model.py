@@ -33,6 +33,7 @@ from model import (
 )
 from pretrained.loading import load_pretrained
 from training.losses import parameter_groups
+from training.speedups import speed_up_training
 
 WORDS, OWN, CLASSES = 30, 12, 4
 
@@ -301,6 +302,26 @@ def test_what_token_cutoff_hides_changes_no_output(tmp_path: Path, name: str) ->
     ids = torch.tensor([[5, 7, 9, 11, 6], [5, 8, 10, 12, 6]])
     one, other = embedding(ids, torch.ones_like(ids, dtype=torch.bool))
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*ARCHITECTURES])
+def test_a_training_step_in_half_precision(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """Of each architecture, trained as train.py does and answering as a teacher does; near what fp32 says."""
+    make_model(name, tmp_path, ["one two three four five six seven eight nine ten"] * 20)
+    embedding = TransformerEmbedding(load_pretrained(str(tmp_path)), "first").train()
+    speed_up_training(embedding.transformer, torch.device("cpu"), None)
+    ids = torch.randint(3, 20, (4, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [5], [2], [1]])
+    with torch.autocast("cpu", dtype):
+        trained = embedding(ids, mask)
+    trained.float().square().sum().backward()
+    gradients = [parameter.grad for parameter in embedding.parameters() if parameter.grad is not None]
+    assert len(gradients) > 10 and all(gradient.isfinite().all() for gradient in gradients)
+    with torch.no_grad():
+        exact = embedding.eval()(ids, mask)
+        with torch.autocast("cpu", dtype):
+            torch.testing.assert_close(embedding(ids, mask).float(), exact, rtol=0.05, atol=0.08)
 
 
 @pytest.mark.parametrize("enc_class", ENCODERS)
