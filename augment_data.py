@@ -57,41 +57,41 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--preserve_label", action="store_true",
                        help="Give each line the label, or the logits, of the sentence that it comes from.")
     files.add_argument("--dummy_label", default="dummy",
-                       help="Without --preserve_label all lines get this label. (default: %(default)s)")
+                       help="Without --preserve_label all lines get this label (default: %(default)s).")
     files.add_argument("--skip_bad_lines", action="store_true",
                        help="Pass over unusable lines and count them, in place of ending at the first.")
     words = parser.add_argument_group("words")
     words.add_argument("--analyzer", choices=tuple(ANALYZERS), metavar="{spacy,hanta,kiwi,khaiii}",
                        help="The analyzer finds words and their parts of speech: spacy or hanta in English (hanta's "
-                            "words are what blanks separate), kiwi or khaiii in Korean. (default: spacy where it and "
-                            "its English model are installed, else hanta)")
+                            "words are what blanks separate), kiwi or khaiii in Korean (default: spacy where it and "
+                            "its English model are installed, else hanta).")
     words.add_argument("--no_analyzer", action="store_true",
                        help="Take what blanks separate for words, and replace none by another.")
     words.add_argument("--lower", action="store_true", help="Write the text in lower case.")
     variants = parser.add_argument_group("variants")
     variants.add_argument("--n_iter", type=natural_int, default=20,
-                          help="Make at most so many variants of a sentence. (default: %(default)s)")
+                          help="Make at most so many variants of a sentence (default: %(default)s).")
     variants.add_argument("--p_mask", type=number(0, 1), default=0.1,
-                          help="Mask each word with this probability. (default: %(default)s)")
+                          help="Mask each word with this probability (default: %(default)s).")
     variants.add_argument("--p_pos", type=number(0, 1), default=0.1,
-                          help="Replace each word with this probability by another of its part of speech. (default: "
-                               "%(default)s)")
+                          help="Replace each word with this probability by another of its part of speech (default: "
+                               "%(default)s).")
     variants.add_argument("--p_ng", type=number(0, 1), default=0.25,
-                          help="Mask several words in a row with this probability. (default: %(default)s)")
+                          help="Mask several words in a row with this probability (default: %(default)s).")
     variants.add_argument("--max_ng", type=positive_int, default=5,
-                          help="Mask at most so many words in a row. (default: %(default)s)")
+                          help="Mask at most so many words in a row (default: %(default)s).")
     variants.add_argument("--mask_token", default=MASK,
-                          help="A masked word becomes this one; preprocess.py --augmented knows [MASK] alone. "
-                               "(default: %(default)s)")
+                          help="A masked word becomes this one; preprocess.py --augmented knows [MASK] alone "
+                               "(default: %(default)s).")
     variants.add_argument("--no_augment", action="store_true",
                           help="Make no variants: only split the sentences into words.")
     variants.add_argument("--seed", type=natural_int, default=42,
-                          help="The seed decides about the variants. (default: %(default)s)")
+                          help="The seed decides about the variants (default: %(default)s).")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--parallel", action="store_true",
                          help="Work in several processes. The output is the same.")
     machine.add_argument("--num_workers", type=positive_int,
-                         help="Start so many processes with --parallel. (default: one for each core)")
+                         help="Start so many processes with --parallel (default: one for each core).")
     args = parser.parse_args(argv)
     if args.p_mask + args.p_pos > 1:
         parser.error("--p_mask and --p_pos: a word is masked or replaced or neither, so their sum is at most 1")

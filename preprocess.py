@@ -64,32 +64,32 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add_data_dir_flag(files)
     files.add_argument("--embedding_path", default=EMBEDDING_PATH,
                        help="The file of word vectors has a word and its numbers on each line. With none, training "
-                            "learns all vectors from the data. (default: %(default)s)")
+                            "learns all vectors from the data (default: %(default)s).")
     add_bert_flag(files)
     files.add_argument("--augmented", action="store_true",
                        help="Encode --augmented_filename in place of train.txt. label.txt is then read, not written.")
     files.add_argument("--augmented_filename", default="augmented.raw",
-                       help="This file in --data_dir holds the augmented text. (default: %(default)s)")
+                       help="This file in --data_dir holds the augmented text (default: %(default)s).")
     files.add_argument("--dummy_label", default="dummy",
-                       help="This word stands for a missing label in the augmented text. (default: %(default)s)")
+                       help="This word stands for a missing label in the augmented text (default: %(default)s).")
     files.add_argument("--logits_order", metavar="FILE",
                        help="The file names the labels in the order of the augmented text's logits, one a line. It is "
-                            "needed only where evaluate.py --augmented has left no record of that order. (default: "
-                            "none)")
+                            "needed only where evaluate.py --augmented has left no record of that order (default: "
+                            "none).")
     encoding = parser.add_argument_group("encoding")
     encoding.add_argument("--n_ctx", type=positive_int,
-                          help="Longer sentences are cut off after so many tokens. (default: the config's n_ctx)")
+                          help="Longer sentences are cut off after so many tokens (default: the config's n_ctx).")
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
                           help="The vocabulary holds at most so many words: those of train.txt by frequency, then "
-                               "those of the vector file in its order; 0 means all. (default: %(default)s)")
+                               "those of the vector file in its order; 0 means all (default: %(default)s).")
     OOV_SCALE.add_to(encoding)
     encoding.add_argument("--skip_bad_lines", action="store_true",
                           help="Pass over unusable lines and count them, in place of ending at the first.")
     encoding.add_argument("--num_workers", type=positive_int, default=1,
                           help="So many processes work, and write the same files whatever their number; one is enough "
-                               "for some million lines. (default: %(default)s)")
+                               "for some million lines (default: %(default)s).")
     encoding.add_argument("--seed", type=natural_int, default=42,
-                          help="The seed decides about the random vectors. (default: %(default)s)")
+                          help="The seed decides about the random vectors (default: %(default)s).")
     args, config = parse_with_config(parser, argv)
     if args.n_ctx:
         config["n_ctx"] = args.n_ctx

@@ -15,6 +15,7 @@ from helpers import ENCODERS, ROOT, make_config, refusal, write_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import augment_data
 import evaluate
 import fastformers
 import preprocess
@@ -272,12 +273,7 @@ def parser_of(stage: Any) -> Parser:
     return built.value.args[0]
 
 
-READY = ("train.py", "fastformers.py")
-
-
-@pytest.mark.parametrize("stage", [
-    pytest.param(stage, id=name, marks=[] if name in READY else pytest.mark.xfail(strict=False, reason="not yet"))
-    for name, stage in STAGES.items()])
+@pytest.mark.parametrize("stage", [*STAGES.values(), augment_data])
 def test_help_texts_are_full_sentences(stage: Any) -> None:
     parser = parser_of(stage)
     texts = {name: action.help or "" for name, action in parser.actions.items() if name != "help"}
