@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 from cli.flags import Parser, natural_int, number, positive_int
 from sentence_classifier.errors import InputError, fail_cleanly
+from sentence_classifier.lines import Example
 from sentence_classifier.tokenizers import MASK, normalize
 from text.checks import not_english
 from text.labels import find_logits_info, write_logits_info
-from text.lines import Example, TsvReader, chunks, progress
+from text.lines import TsvReader, chunks, progress
 from text.tagging import ANALYZERS, ENGLISH, default_analyzer
 from text.workers import Workers
 from util import atomic_write, cores, sha256

@@ -41,9 +41,10 @@ from cli.flags import (
 )
 from sentence_classifier.batches import by_length
 from sentence_classifier.classifier import OnnxClassifier, TextClassifier, load
-from sentence_classifier.command_line import SentenceReader, answer_lines
+from sentence_classifier.command_line import answer_lines
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
+from sentence_classifier.lines import SentenceReader
 from sentence_classifier.tokenizers import make_tokenizer
 from text.evaluation_report import EvaluationReport, clip, draw_confusion, time_figures, write_predictions
 from text.labels import label_parser, write_logits_info

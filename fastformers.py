@@ -27,9 +27,10 @@ from cli.config import check_same_config, encoded_kind, load_config, parse_with_
 from cli.flags import Parser, changed, natural_int, number, number_list, one_of, positive_int
 from cli.training_flags import INT8_MODES, add_training_flags, check_training_flags
 from sentence_classifier.errors import InputError, fail_cleanly
+from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS
 from train import run
-from util import Checkpoint, open_input, picture, sha256
+from util import Checkpoint, picture, sha256
 
 if TYPE_CHECKING:  # --help loads no torch
     from training.distillation import Teacher

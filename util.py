@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from sentence_classifier.errors import FullDisk, InputError
 from sentence_classifier.labels import Labels
+from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import TokenizerInfo
 
 try:
@@ -214,20 +215,6 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 checksum of a file's content, in hexadecimal."""
     with open_input(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def open_input(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a file for reading bytes.
-
-    Raises:
-        InputError: there is no such file, or it cannot be read.
-    """
-    try:
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from typing import Any
 from cli.flags import Parser, did_you_mean
 from cli.training_flags import CONFIG_FLAGS, OOV_SCALE
 from sentence_classifier.errors import InputError
+from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS, WORD_TOKENIZERS, WORDS
-from util import ROOT, open_input
+from util import ROOT
 
 
 @dataclass(frozen=True)

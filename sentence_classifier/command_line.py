@@ -7,83 +7,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
 
 from sentence_classifier.classifier import TextClassifier, load
 from sentence_classifier.errors import InputError, fail_cleanly
+from sentence_classifier.lines import Example, SentenceReader
 
 logger = logging.getLogger(__name__)
-
-
-class Line(NamedTuple):
-    """A sentence and the number of its line, counted from 1."""
-
-    number: int
-    sentence: str
-
-
-class SentenceReader:
-    """The lines of a file of sentences, read as a stream. An empty line is an empty sentence.
-
-    Lines end at LF or CRLF. A byte order mark is dropped.
-
-    Args:
-        path: the file; "-" is standard input.
-        skip_bad_lines: count bad lines in `skipped` in place of raising on the first.
-
-    Raises:
-        InputError: no such file, an empty one, or a line that is not UTF-8 or holds a TAB or NUL character.
-    """
-
-    def __init__(self, path: str, skip_bad_lines: bool = False) -> None:
-        self.path = path
-        self.skip_bad_lines = skip_bad_lines
-        self.skipped = 0
-
-    def __iter__(self) -> Iterator[Line]:
-        found = False
-        with contextlib.ExitStack() as stack:
-            file = sys.stdin.buffer if self.path == "-" else stack.enter_context(_open(self.path))
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = Line(number, _sentence(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
-                except ValueError as error:
-                    if not self.skip_bad_lines:
-                        raise InputError(f"{self.path}:{number}: {error} Correct the line, or pass --skip_bad_lines."
-                                         ) from None
-                    self.skipped += 1
-                else:
-                    found = True
-                    yield line
-        if not found:
-            what = "no usable line" if self.skipped else "the file is empty"
-            raise InputError(f"{self.path}: {what}; one sentence a line is expected.")
-
-
-def _open(path: str) -> io.BufferedReader:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
-
-
-def _sentence(raw: bytes) -> str:
-    try:
-        line = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"broken UTF-8 at byte {error.start + 1} of the line; the file has to be in UTF-8.") from None
-    if "\t" in line:
-        raise ValueError("a TAB; unlabelled input is one sentence a line.")
-    if "\0" in line:
-        raise ValueError("the line holds a NUL character.")
-    return line.strip()
 
 
 def answer_lines(classifier: TextClassifier, lines: SentenceReader, batch_size: int = 1, limit: int = 0) -> None:
@@ -98,7 +33,7 @@ def answer_lines(classifier: TextClassifier, lines: SentenceReader, batch_size: 
     for batch in _batches(islice(lines, limit or None), batch_size):
         found = classifier.predict([line.sentence for line in batch], batch_size)
         for line, prediction in zip(batch, found, strict=True):
-            print(json.dumps({"line": line.number, "sentence": line.sentence, "label": prediction.label,
+            print(json.dumps({"line": line.line, "sentence": line.sentence, "label": prediction.label,
                               "probability": round(prediction.probability, 6),
                               "probabilities": {name: round(p, 6) for name, p in prediction.probabilities.items()}},
                              ensure_ascii=False))
@@ -107,8 +42,8 @@ def answer_lines(classifier: TextClassifier, lines: SentenceReader, batch_size: 
         logger.warning("[%s] %d bad lines were skipped", lines.path, lines.skipped)
 
 
-def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
-    batch: list[Line] = []
+def _batches(lines: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    batch: list[Example] = []
     try:
         for line in lines:
             batch.append(line)

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from sentence_classifier.errors import InputError
-from util import atomic_write, open_input
+from sentence_classifier.lines import open_input
+from util import atomic_write
 
 DTYPES = {f"{kind.upper()}{8 * size}": np.dtype(f"<{kind}{size}")
           for kind, sizes in (("u", (1, 2, 4, 8)), ("i", (1, 2, 4, 8)), ("f", (2, 4, 8))) for size in sizes}

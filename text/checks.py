@@ -11,9 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
+from sentence_classifier.lines import open_input
 from text.labels import shorten
 from text.report import SplitReport
-from util import open_input
 
 HEAD = 1 << 20  # bytes that tell what a file is
 UNPACK = "unpack it first"

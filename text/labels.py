@@ -19,7 +19,8 @@ from typing import Any
 
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels, normalize_label
-from util import atomic_write, open_input, sha256, write_json
+from sentence_classifier.lines import open_input
+from util import atomic_write, sha256, write_json
 
 logger = logging.getLogger(__name__)
 

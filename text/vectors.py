@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sentence_classifier.errors import FullDisk, InputError
+from sentence_classifier.lines import open_input
 from text.arrays import ArrayWriter, open_arrays
 from text.checks import foreign_format
-from util import open_input
 
 logger = logging.getLogger(__name__)
 

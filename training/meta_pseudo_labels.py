@@ -39,13 +39,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, EncodedData, pad, prefetch
+from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
 from text.lines import TsvReader
 from training.distillation import Teacher, read_sentences, tokenize
 from training.losses import cosine_with_warmup, parameter_groups
 from training.run import Run
 from training.trainer import Diverged, Trainer
-from util import open_input
 
 logger = logging.getLogger(__name__)
 

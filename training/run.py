@@ -22,10 +22,11 @@ from model import EMBEDDINGS, Classifier, TransformerEmbedding, build_model, loa
 from pretrained.loading import load_tokenizer
 from pretrained.saving import save_pretrained
 from sentence_classifier.errors import InputError
+from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
 from text.labels import NO_LABEL, read_labels
 from training.losses import fit_decoder
-from util import Checkpoint, RunInfo, git_revision, load_checkpoint, new_run_id, open_input, versions
+from util import Checkpoint, RunInfo, git_revision, load_checkpoint, new_run_id, versions
 
 logger = logging.getLogger(__name__)
 
