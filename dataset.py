@@ -191,19 +191,17 @@ class BucketSampler:
     def batches(self) -> list[np.ndarray]:
         """The epoch's batches, each an array of example indices."""
         if not self.shuffle:
-            order = np.argsort(-self.lengths, kind="stable")
-            return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            return list(batches.by_length(self.lengths, self.batch_size))
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self.lengths))
         size = self.batch_size * self.pool
         pools = [order[i : i + size] for i in range(0, len(order), size)]
         order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        return [batches[i] for i in random.permutation(len(batches))]
+        found = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [found[i] for i in random.permutation(len(found))]
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches():
-            yield batch.tolist()
+        return (batch.tolist() for batch in self.batches())
 
 
 def shard(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) -> list[list[int]]:
@@ -233,10 +231,9 @@ def prefetch(read: Callable[[Sequence[int]], AnyBatch], batches: Iterable[Sequen
 
 
 def load_table(path: str | Path, expected: str) -> Tensor:
-    """Map a table of word vectors into memory: [V, D] float32.
+    """Map a table of word vectors, embedding.npy, into memory: [V, D] float32.
 
     Args:
-        path: embedding.npy.
         expected: its fingerprint as preprocess.py recorded it.
 
     Raises:

@@ -198,15 +198,14 @@ class TorchClassifier(TextClassifier):
             return self.model(batch.input_ids, batch.attention_mask).cpu().numpy()
 
 
-def load_model(args: argparse.Namespace, config: Config, path: str | None = None,
-               fp32: bool = False) -> tuple[TextClassifier, RunInfo]:
-    """The model that the flags name, checked against the config where one is given, and its run.
+def load_model(args: argparse.Namespace, config: Config, **changes: Any) -> tuple[TextClassifier, RunInfo]:
+    """The model that the flags name and its run, checked against --config and --bert_output_dir if they are given.
 
     Args:
-        path: another file than the flags'.
-        fp32: leave --int8_mode out of account.
+        changes: of the flags.
     """
-    path = path or model_file(args)
+    args = argparse.Namespace(**{**vars(args), **changes})
+    path = model_file(args)
     classifier: OnnxClassifier | TorchClassifier
     if args.enable_ort:
         classifier = load(path, args.num_threads)
@@ -216,11 +215,15 @@ def load_model(args: argparse.Namespace, config: Config, path: str | None = None
 
         if args.num_threads:
             torch.set_num_threads(args.num_threads)
-        classifier = TorchClassifier.load(path, args.device, args.data_dir, None if fp32 else args.int8_mode,
-                                          args.batch_size)
+        classifier = TorchClassifier.load(path, args.device, args.data_dir, args.int8_mode, args.batch_size)
         run = classifier.checkpoint.run
     if config is not None:
         check_same_config(config, args.config, run.config, path)
+    if args.bert_output_dir:  # the model's file itself holds all the weights
+        found = saved_fact(args.bert_output_dir, RUN_ID)
+        if found != run.run_id:
+            raise InputError(f"{args.bert_output_dir}: {f'of run {found}' if found else 'not written by train.py'}, "
+                             f"and {path} is of run {run.run_id}; give the folder of the same run, or none.")
     return classifier, run
 
 
@@ -229,14 +232,6 @@ def model_file(args: argparse.Namespace) -> str:
     if not args.enable_ort:
         return args.model_path
     return args.quantized_onnx_path if args.quantize_onnx else args.onnx_path
-
-
-def check_same_run(args: argparse.Namespace, run: RunInfo) -> None:
-    """Refuse a --bert_output_dir that another run wrote. (The model's file itself holds all the weights.)"""
-    found = saved_fact(args.bert_output_dir, RUN_ID) if args.bert_output_dir else run.run_id
-    if found != run.run_id:
-        raise InputError(f"{args.bert_output_dir}: {f'of run {found}' if found else 'not written by train.py'}, and "
-                         f"{model_file(args)} is of run {run.run_id}; give the folder of the same run, or none.")
 
 
 def place_of(args: argparse.Namespace, beside: str | Path, ending: str) -> Path:
@@ -265,7 +260,6 @@ def convert(args: argparse.Namespace, config: Config) -> None:
 
     classifier, run = load_model(args, config)
     assert isinstance(classifier, TorchClassifier)
-    check_same_run(args, run)
     folder = Path(args.data_dir or run.flags["data_dir"])
     onnx_export.convert(classifier.model, classifier.checkpoint, folder, args.onnx_path,
                         args.quantized_onnx_path if args.quantize_onnx else None, args.onnx_opset, args.num_threads,
@@ -278,7 +272,6 @@ def convert(args: argparse.Namespace, config: Config) -> None:
 def answer(args: argparse.Namespace, config: Config) -> None:
     """Answer each line of --input_path with a JSON object."""
     classifier, run = load_model(args, config)
-    check_same_run(args, run)
     answer_lines(classifier, SentenceReader(args.input_path, args.skip_bad_lines), args.batch_size, args.num_examples)
 
 
@@ -288,7 +281,6 @@ def answer(args: argparse.Namespace, config: Config) -> None:
 def measure(args: argparse.Namespace, config: Config) -> None:
     """Classify test.txt, log how well and how fast, and write predictions, results and the confusion matrix."""
     classifier, run = load_model(args, config)
-    check_same_run(args, run)
     source = Path(args.data_dir or run.flags["data_dir"]) / "test.txt"
     predictions_path = place_of(args, source, "inference" if args.enable_inference else "pred")
     results_path, picture_path = (place_of(args, model_file(args), end) for end in ("test.json", "confusion.png"))
@@ -310,7 +302,7 @@ def measure(args: argparse.Namespace, config: Config) -> None:
     timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
     compared: dict[str, float] = {}
     if args.int8_mode:
-        fp32 = load_model(args, config, fp32=True)[0]
+        fp32 = load_model(args, config, int8_mode=None)[0]
         expected = (classify_raw(fp32, sentences) if args.enable_inference
                     else classify_encoded(fp32, data, 64, len(sentences)))[0]
         compared = compare_with_fp32(predictions, expected.argmax(1), targets)
@@ -340,17 +332,10 @@ def read_examples(path: Path, labels: Labels, skip_bad_lines: bool,
                   limit: int) -> tuple[list[str], list[str], np.ndarray]:
     """Sentences, labels as written, and class ids [N] of a TSV file; UNKNOWN_LABEL for a label that train.txt lacks."""
     parser = label_parser(path, labels, unknown_allowed=True)
-    sentences, written, targets = [], [], []
-
-    def parse(label: str) -> tuple[str, int]:
-        target = parser(label)
-        return label, target if isinstance(target, int) else int(np.argmax(target))
-
-    for example in islice(TsvReader(path, skip_bad_lines, parse_label=parse), limit or None):
-        sentences.append(example.sentence)
-        written.append(example.label[0])
-        targets.append(example.label[1])
-    return sentences, written, np.array(targets)
+    lines = TsvReader(path, skip_bad_lines, parse_label=lambda label: (label, parser(label)))
+    examples = list(islice(lines, limit or None))
+    targets = [target if isinstance(target, int) else np.argmax(target) for _, _, (_, target) in examples]
+    return [example.sentence for example in examples], [example.label[0] for example in examples], np.array(targets)
 
 
 def classify_encoded(classifier: TextClassifier, data: EncodedData, batch_size: int,
@@ -398,13 +383,13 @@ def label(args: argparse.Namespace, config: Config) -> None:
     from dataset import EncodedData, check_same_data
 
     classifier, run = load_model(args, config)
-    check_same_run(args, run)
     data = EncodedData(Path(args.data_dir or run.flags["data_dir"]) / f"augmented.raw.{run.encoding.kind}")
     target = place_of(args, data.source, "pred")
     paths = [model_file(args), *args.more_teachers]
     teachers: dict[str, tuple[str, TextClassifier]] = {}  # by their run
     for path in paths:
-        teacher, found = (classifier, run) if not teachers else load_model(args, config, path)
+        teacher, found = (classifier, run) if not teachers else load_model(
+            args, config, model_path=path, onnx_path=path, bert_output_dir=None)
         check_same_data(data, found, path)
         if isinstance(teacher, OnnxClassifier) and teacher.metadata.get("int8"):
             raise InputError(f"{path}: an int8 file; a teacher's logits are those of fp32, of the file that "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -140,8 +141,7 @@ class WordEmbedding(nn.Module):
                  dropout: float = 0.0) -> None:
         super().__init__()
         self.trainable = nn.Parameter(table[:num_trainable].clone())
-        self.frozen: Tensor
-        self.register_buffer("frozen", table[num_trainable:], persistent=False)
+        self.frozen = nn.Buffer(table[num_trainable:], persistent=False)
         self.word_dropout: Tensor | None
         self.register_buffer("word_dropout", word_dropout, persistent=False)
         self.dropout = nn.Dropout(dropout)
@@ -351,35 +351,27 @@ class StackedEncoder(nn.Module):
 # -------------------------------------------------------------------------------------------------------- decoders
 
 
-class SoftmaxDecoder(nn.Module):
-    """Layer norm, dropout, a hidden layer where the config has fc_hidden_size, and the output layer of a softmax."""
+class SoftmaxDecoder(nn.Sequential):
+    """Layer norm, dropout, a hidden layer where the config has fc_hidden_size, and the output layer of a softmax.
+
+    encoding [B, H] -> logits [B, C].
+    """
 
     def __init__(self, config: dict[str, Any], input_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(input_size)
-        self.dropout = nn.Dropout(config["dropout"])
         hidden = config.get("fc_hidden_size")
-        self.hidden = nn.Sequential(
-            nn.Linear(input_size, hidden), nn.ReLU(), nn.LayerNorm(hidden), nn.Dropout(config["dropout"])
-        ) if hidden else nn.Identity()
-        self.output = nn.Linear(hidden or input_size, num_labels)
-
-    def forward(self, encoding: Tensor) -> Tensor:
-        """encoding [B, H] -> logits [B, C]."""
-        return self.output(self.hidden(self.dropout(self.norm(encoding))))
+        super().__init__(OrderedDict(
+            norm=nn.LayerNorm(input_size),
+            dropout=nn.Dropout(config["dropout"]),
+            hidden=nn.Sequential(nn.Linear(input_size, hidden), nn.ReLU(), nn.LayerNorm(hidden),
+                                 nn.Dropout(config["dropout"])) if hidden else nn.Identity(),
+            output=nn.Linear(hidden or input_size, num_labels)))
 
 
-class LinearDecoder(nn.Module):
-    """Dropout and the output layer of a softmax."""
+class LinearDecoder(nn.Sequential):
+    """Dropout and the output layer of a softmax: encoding [B, H] -> logits [B, C]."""
 
     def __init__(self, config: dict[str, Any], input_size: int, num_labels: int) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(config["dropout"])
-        self.output = nn.Linear(input_size, num_labels)
-
-    def forward(self, encoding: Tensor) -> Tensor:
-        """encoding [B, H] -> logits [B, C]."""
-        return self.output(self.dropout(encoding))
+        super().__init__(OrderedDict(dropout=nn.Dropout(config["dropout"]), output=nn.Linear(input_size, num_labels)))
 
 
 class GaussianDecoder(nn.Module):

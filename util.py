@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import time
-import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -140,29 +139,11 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def previous_names(path: Path) -> Iterator[Path]:
-    """The names under which what stands at `path` may be kept: path.previous, path.previous.2 ..."""
-    yield path.with_name(f"{path.name}.previous")
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.name}.previous.{number}")
-
-
-def keep_previous(path: Path) -> Path:
-    """Give the file at `path` a second name that no later file takes, `path.previous`, and return that name.
-
-    A hard link where the file system has them, so that `path` itself never goes missing in between.
-    """
-    for aside in previous_names(path):
-        try:
-            os.link(path, aside)
-        except FileExistsError:
-            continue
-        except OSError:
-            if aside.exists():
-                continue
-            os.replace(path, aside)
-        return aside
-    raise AssertionError  # the names do not end
+def previous_name(path: Path) -> Path:
+    """A free name under which what stands at `path` may be kept: path.previous, path.previous.2 ..."""
+    endings = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    names = (path.with_name(f"{path.name}.previous{ending}") for ending in endings)
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def second_name(path: Path, name: Path) -> None:
@@ -382,11 +363,6 @@ class Checkpoint:
     quantization: dict[str, Any] | None = None
 
 
-def new_run_id() -> str:
-    """A name for a run that no other run has."""
-    return uuid.uuid4().hex[:12]
-
-
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], keep: int = 0) -> None:
     """Write a checkpoint, whole or not at all; see save_state."""
     save_state(checkpoint.run, {key: value for key, value in vars(checkpoint).items() if key != "run"}, path, keep)
@@ -407,7 +383,9 @@ def save_state(run: RunInfo, content: dict[str, Any], path: str | os.PathLike[st
 
     path = Path(path)
     if path.exists() and peek_identity(path) != run.identity:
-        logger.warning("[%s came from another config or other data and is kept as %s]", path, keep_previous(path))
+        aside = previous_name(path)
+        second_name(path, aside)  # so that `path` itself never goes missing in between
+        logger.warning("[%s came from another config or other data and is kept as %s]", path, aside)
     elif path.exists() and keep:
         names = [path.with_name(f"{path.name}.{number}") for number in range(1, keep + 1)]
         for older, newer in zip(reversed(names), reversed(names[:-1]), strict=False):
@@ -435,8 +413,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     found = load_state(path)
     if "metrics" not in found:
         raise InputError(f"{path}: the state of a run, which holds no finished model; give that run's --save_path.")
-    return Checkpoint(run=found["run"], model=found["model"], metrics=found["metrics"],
-                      quantization=found["quantization"])
+    return Checkpoint(**found)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -456,7 +433,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole checkpoint of this toolkit ({reason}).") from None
     try:
-        if found["format"] != CHECKPOINT_FORMAT:
+        if found.pop("format") != CHECKPOINT_FORMAT:
             raise ValueError
         return {**found, "run": RunInfo.from_json(found["run"])}
     except (TypeError, KeyError, ValueError):

@@ -23,7 +23,7 @@ from benchmarks.recipes import CONFIGS, ENCODING_FLAGS, RECIPES, TAUGHT, TEACHER
 from cli.config import encoded_kind, load_config
 from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import WORDS
-from util import previous_names, sha256, write_json
+from util import previous_name, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def keep_run(folder: Path, recipe: str, force: bool) -> Path:
     path = folder / "key.json"
     if folder.exists() and (not path.exists() or json.loads(path.read_text())["recipe"] != recipe
                             or (force and is_trained(folder / "model.pt"))):
-        aside = next(name for name in previous_names(folder) if not name.exists())
+        aside = previous_name(folder)
         folder.rename(aside)
         logger.info("[%s: of another recipe, or to be run again; it is now %s]", folder, aside)
     folder.mkdir(parents=True, exist_ok=True)

@@ -72,14 +72,6 @@ class TabulatedConvolutions(nn.Module):
         vectors: [words, D], whose row 0 is zero: windows read it beyond a sentence's ends.
     """
 
-    table: Tensor
-    tap: Tensor
-    place: Tensor
-    first: Tensor
-    members: Tensor
-    scales: Tensor
-    biases: Tensor
-
     def __init__(self, vectors: Tensor, cnn: MaxOverTimeConv) -> None:
         super().__init__()
         widths = torch.tensor(cnn.kernel_sizes)
@@ -94,13 +86,12 @@ class TabulatedConvolutions(nn.Module):
         # Windows of all kernels end at the same words, so that the taps of a narrow one stand `longest - width` later.
         first = (self.longest - widths)[kernel].view(-1, 1)
         offset = torch.cat([torch.arange(int(width)) for width in widths]).view(-1, 1)
-        for name, tensor in (
-            ("table", torch.cat(tables, dim=1).flatten(0, 1)), ("tap", torch.arange(self.taps).view(-1, 1)),
-            ("place", first + offset), ("first", first), ("scales", torch.stack(scales)),
-            ("members", (kernel == torch.arange(len(widths)).view(-1, 1)).to(torch.uint8)),  # taps of each kernel
-            ("biases", torch.stack([one.bias.detach() for one in cnn.convolutions])),  # type: ignore
-        ):
-            self.register_buffer(name, tensor)
+        self.table = nn.Buffer(torch.cat(tables, dim=1).flatten(0, 1))
+        self.tap = nn.Buffer(torch.arange(self.taps).view(-1, 1))
+        self.place, self.first = nn.Buffer(first + offset), nn.Buffer(first)
+        self.scales = nn.Buffer(torch.stack(scales))
+        self.members = nn.Buffer((kernel == torch.arange(len(widths)).view(-1, 1)).to(torch.uint8))  # of each kernel
+        self.biases = nn.Buffer(torch.stack([one.bias.detach() for one in cnn.convolutions]))  # type: ignore
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids [B, T], 0 where mask [B, T] is False -> [B, kernels * filters]."""
@@ -233,8 +224,7 @@ def export_graph(model: Classifier, opset: int = DEFAULT_OPSET, tabulated: bool 
     Raises:
         InputError: it is larger than an ONNX file can be.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in itertools.chain(model.parameters(),
-                                                                                    model.buffers()))
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     if size > SIZE_LIMIT:
         raise InputError(f"the model has {size / 1e9:.1f} GB of weights, and one ONNX file holds at most 2 GB.")
     ids = torch.arange(1, 22).view(3, 7)  # sizes that torch.export does not take for constants
@@ -259,16 +249,11 @@ def check_rows(data: EncodedData, n_ctx: int, limit: int = 2000) -> list[np.ndar
     return [longest[:1], *rows, np.resize(longest, n_ctx)]
 
 
-def varied_batches(rows: Sequence[np.ndarray], sizes: Sequence[int] = (1, 2, 7, 32)) -> list[list[np.ndarray]]:
+def varied_batches(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     """All rows in batches of several sizes, in each of which long and short ones stand side by side."""
-    batches: list[list[np.ndarray]] = []
-    start = 0
-    for size in itertools.cycle(sizes):
-        if start >= len(rows):
-            return batches
-        batches.append(list(rows[start : start + size]))
-        start += size
-    return batches
+    waiting = iter(rows)
+    batches = (list(itertools.islice(waiting, size)) for size in itertools.cycle((1, 2, 7, 32)))
+    return list(itertools.takewhile(len, batches))
 
 
 def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray], num_threads: int = 0) -> float:
@@ -298,21 +283,12 @@ def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray],
 # ----------------------------------------------------------------------------------------------------------- write
 
 
-def make_metadata(run: RunInfo, **more: Any) -> dict[str, Any]:
-    """The metadata of a .onnx file beside the vocabulary: the run's, and `more`."""
-    own = run.to_json()
-    del own["vocabulary"]
-    return {"format": ONNX_FORMAT, "run": own, **more}
-
-
-def write(graph: onnx.ModelProto, metadata: dict[str, Any], vocabulary: str, path: str | Path) -> int:
-    """Write a graph with its metadata, whole or not at all. Returns the file's size in bytes."""
-    made = onnx.ModelProto()
-    made.CopyFrom(graph)
-    del made.metadata_props[:]
-    said = json.dumps(metadata)  # in ASCII: a path may hold bytes that are no text
-    onnx.helper.set_model_props(made, {METADATA_KEY: said, VOCABULARY_KEY: vocabulary})
-    content = made.SerializeToString()
+def write(graph: onnx.ModelProto, run: RunInfo, path: str, **more: Any) -> int:
+    """Write a graph with its run and `more` as its metadata, whole or not at all. Returns the file's size in bytes."""
+    said = {key: value for key, value in run.to_json().items() if key != "vocabulary"}
+    metadata = json.dumps({"format": ONNX_FORMAT, "run": said, **more})  # in ASCII: a path may hold bytes, no text
+    onnx.helper.set_model_props(graph, {METADATA_KEY: metadata, VOCABULARY_KEY: run.vocabulary})
+    content = graph.SerializeToString()
     with atomic_write(path, "wb") as file:
         file.write(content)
     return len(content)
@@ -339,7 +315,7 @@ def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, 
     graph = simplify(exported, n_ctx)
     fused = fuse(graph)
     worst = check(fused, model, rows, num_threads)
-    size = write(fused, make_metadata(run, opset=opset, difference=worst), run.vocabulary, path)
+    size = write(fused, run, path, opset=opset, difference=worst)
     logger.info("[ONNX] %d valid sentences as in PyTorch, logits within %.1g, %.1f MB -> %s", len(rows), worst,
                 size / 1e6, path)
     if int8_path:
@@ -352,6 +328,6 @@ def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, 
             tabulated = simplify(export_graph(model, opset, tabulated=True), n_ctx)
         made, measured = choose_int8(graph, fused, train, valid, num_threads, tabulated=tabulated, trained=trained,
                                      int8_mb=int8_mb)
-        size = write(made, make_metadata(run, opset=opset, int8=measured), run.vocabulary, int8_path)
+        size = write(made, run, int8_path, opset=opset, int8=measured)
         logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", measured["setting"], size / 1e6,
                     int8_path)

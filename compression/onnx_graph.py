@@ -1,7 +1,8 @@
 """An exported ONNX graph: rewrites that ONNX Runtime does not do itself, its own fusions, and a run.
 
 A graph has the inputs input_ids [batch, length] int64 (0 at pad positions) and attention_mask [batch, length] bool, and
-the output logits [batch, labels]. Rewrites change an onnx.GraphProto in place; `simplify` and `fuse` make a new model.
+the output logits [batch, labels]. Rewrites change it in place, in onnxscript's form; `simplify` and `fuse` make a new
+one.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnxscript import ir
 
 from sentence_classifier.batches import pad
 from sentence_classifier.classifier import INPUTS, OUTPUT, make_session
@@ -31,190 +30,154 @@ MOVING = (*RESHAPING, "Expand", "Gather", "GatherElements", "Identity", "Slice")
 # -------------------------------------------------------------------------------------------------------- rewrites
 
 
-def _shapes(graph: onnx.GraphProto) -> dict[str, list[Any]]:
-    """The dimensions of each value by name: a number, the name of a dynamic dimension, or "" if unknown."""
-    values = [*graph.value_info, *graph.input, *graph.output]
-    return {value.name: [d.dim_param or d.dim_value or "" for d in value.type.tensor_type.shape.dim]
-            for value in values if value.type.tensor_type.HasField("shape")}
+def _origin(value: ir.Value, operators: tuple[str, ...]) -> ir.Value:
+    """What a value is made of, before these operators changed its form."""
+    while (node := value.producer()) is not None and node.op_type in operators and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value
 
 
-def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    return {name: node for node in graph.node for name in node.output}
+def array_of(value: ir.Value | None) -> np.ndarray | None:
+    """The content of a constant, None for other values."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _replace_uses(graph: onnx.GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name == old:
-                node.input[place] = new
+def add_constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
+    """Add a constant to the graph."""
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    return value
 
 
-def tidy(graph: onnx.GraphProto) -> None:
+def replace_node(old: ir.Node, new: ir.Node) -> None:
+    """Put a node in the place of another, whose output it gives."""
+    assert old.graph is not None
+    ir.convenience.replace_nodes_and_values(old.graph, old, [old], [new], old.outputs, new.outputs)
+
+
+def axis_of(gather: ir.Node) -> int:
+    """The axis along which a Gather looks up."""
+    return gather.attributes["axis"].as_int() if "axis" in gather.attributes else 0
+
+
+def _known(shape: ir.Shape | None) -> bool:
+    """Whether each dimension has a number or a name."""
+    return shape is not None and not shape.has_unknown_dim()
+
+
+def tidy(model: ir.Model) -> None:
     """Remove reshapes to the same shape, casts of casts of booleans, and what no node reads."""
-    shapes, producers = _shapes(graph), _producers(graph)
-    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.input]}
-    outputs = {value.name for value in graph.output}
-
-    def origin(name: str, operators: tuple[str, ...]) -> str:
-        while name in producers and producers[name].op_type in operators:
-            name = producers[name].input[0]
-        return name
-
-    for node in graph.node:
-        if node.output[0] in outputs:
+    for node in model.graph:
+        out = node.outputs[0]
+        if out.is_graph_output():
             continue
         if node.op_type in RESHAPING:
-            first = origin(node.input[0], RESHAPING)
-            shape = shapes.get(first, [""])
-            if all(shape) and shape == shapes.get(node.output[0]):
-                _replace_uses(graph, node.output[0], first)
-        elif node.op_type == "Cast" and types.get(first := origin(node.input[0], ("Cast",))) == onnx.TensorProto.BOOL:
-            if next(attribute.i for attribute in node.attribute if attribute.name == "to") == onnx.TensorProto.BOOL:
-                _replace_uses(graph, node.output[0], first)
+            first = _origin(out, RESHAPING)
+            if _known(first.shape) and first.shape == out.shape:
+                out.replace_all_uses_with(first)
+        elif node.op_type == "Cast" and (first := _origin(out, ("Cast",))).dtype == ir.DataType.BOOL:
+            if node.attributes["to"].as_int() == ir.DataType.BOOL:
+                out.replace_all_uses_with(first)
             else:
-                node.input[0] = first
-    used = outputs
-    for node in reversed(list(graph.node)):  # nodes stand in the order of computation
-        if used.isdisjoint(node.output):
-            graph.node.remove(node)
-        else:
-            used = used | set(node.input)
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
-        graph.initializer.remove(tensor)
+                node.replace_input_with(0, first)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
-def select_early(graph: onnx.GraphProto) -> None:
+def select_early(model: ir.Model) -> None:
     """Compute the last layers only at the position that the model classifies by.
 
-    A `Gather` of one position of [B, T, D] moves up over operators that compute each position by itself.
+    A `Gather` of one position of [B, T, D] moves up over operators that compute each position by itself. Equal ones
+    become one, so that it can move on over the node that all of them read.
     """
-    while any(_move_up(graph, node) for node in graph.node if node.op_type == "Gather"):
-        _join_gathers(graph)
+    while any(_move_up(node) for node in model.graph if node.op_type == "Gather"):
+        ir.passes.common.CommonSubexpressionEliminationPass()(model)
 
 
-def _join_gathers(graph: onnx.GraphProto) -> None:
-    """Keep one of several equal Gathers, so that it can move on over the node that all of them read."""
-    first: dict[bytes, str] = {}
-    for node in [node for node in graph.node if node.op_type == "Gather"]:
-        alike = onnx.helper.make_node("Gather", node.input, ["joined"])
-        alike.attribute.extend(node.attribute)
-        kept = first.setdefault(alike.SerializeToString(), node.output[0])
-        if kept != node.output[0]:
-            _replace_uses(graph, node.output[0], kept)
-            graph.node.remove(node)
-
-
-def _move_up(graph: onnx.GraphProto, gather: onnx.NodeProto) -> bool:
+def _move_up(gather: ir.Node) -> bool:
     """Move a Gather of one position over the node that it reads. Returns whether that was possible."""
-    shapes, constants = _shapes(graph), {tensor.name: tensor for tensor in graph.initializer}
-    place = constants.get(gather.input[1])
-    axis = next((attribute.i for attribute in gather.attribute if attribute.name == "axis"), 0)
-    source = gather.input[0]
-    node = _producers(graph).get(source)
-    uses = Counter(name for one in graph.node for name in one.input)
-    if (node is None or place is None or len(place.dims) or axis != 1 or node.op_type not in ROWWISE
-            or len(shapes.get(source, [])) != 3 or uses[source] != 1):
+    source, place = gather.inputs
+    assert source is not None and gather.graph is not None
+    node, position = source.producer(), array_of(place)
+    if (node is None or position is None or position.ndim or axis_of(gather) != 1
+            or node.op_type not in ROWWISE or source.shape is None or len(source.shape) != 3
+            or len(source.uses()) != 1):
         return False
-    length = shapes[source][1]
     moved = []
-    for number, name in enumerate(node.input):
-        shape = list(constants[name].dims) if name in constants else shapes.get(name)
-        if name and shape is None:
-            return False
-        if name in constants and (len(shape or []) <= 1 or (node.op_type == "MatMul" and number == 1)):
-            continue  # the same at each position
-        if not name or shape == []:
+    for number, value in enumerate(node.inputs):
+        if value is None:
             continue
-        if len(shape or []) != 3 or (shape or [])[1] != length:
+        if value.shape is None:
             return False
-        moved.append((number, name))
-    at = list(graph.node).index(node)
-    for number, name in moved:
-        selected = f"{name}_at_{gather.input[1]}_for_{node.output[0]}_{number}"
-        graph.node.insert(at, onnx.helper.make_node("Gather", [name, gather.input[1]], [selected], axis=1))
-        known = next((value for value in graph.value_info if value.name == name), None)
-        if known is not None:
-            value = graph.value_info.add()
-            value.CopyFrom(known)
-            value.name = selected
-            del value.type.tensor_type.shape.dim[1]
-        node.input[number] = selected
-    node.output[0] = gather.output[0]
-    for value in [value for value in graph.value_info if value.name == source]:
-        graph.value_info.remove(value)
-    graph.node.remove(gather)
+        rank, fixed = len(value.shape), value.const_value is not None
+        if rank == 0 or (fixed and (rank == 1 or (node.op_type == "MatMul" and number == 1))):
+            continue  # the same at each position
+        if rank != 3 or value.shape[1] != source.shape[1]:
+            return False
+        moved.append((number, value))
+    for number, value in moved:
+        selected = ir.node("Gather", [value, place], {"axis": 1})
+        selected.outputs[0].type = value.type
+        selected.outputs[0].shape = ir.Shape([value.shape[0], value.shape[2]]) if value.shape else None
+        node.prepend(selected)
+        node.replace_input_with(number, selected.outputs[0])
+    source.shape = gather.outputs[0].shape
+    gather.outputs[0].replace_all_uses_with(source)
+    gather.graph.remove(gather, safe=True)
     return True
 
 
-def _constant_of(graph: onnx.GraphProto, name: str) -> int | None:
-    """The integer that all elements of a value equal, None if the graph does not tell."""
-    tensor = next((one for one in graph.initializer if one.name == name), None)
-    if tensor is not None:
-        array = numpy_helper.to_array(tensor)
-        same = array.size and array.dtype.kind == "i" and (array == array.flat[0]).all()
-        return int(array.flat[0]) if same else None
-    node = _producers(graph).get(name)
-    return _constant_of(graph, node.input[0]) if node is not None and node.op_type in MOVING else None
-
-
-def shorten_lookups(graph: onnx.GraphProto, n_ctx: int) -> None:
+def shorten_lookups(graph: ir.Graph, n_ctx: int) -> None:
     """Replace lookups whose rows are known in advance: the same row for all tokens, or rows by position.
 
     A `Gather` of the same row everywhere becomes that row, if the row is only added; a `Gather` by a slice of
     0, 1, 2 ... becomes a slice of the table, which keeps its first `n_ctx` rows.
     """
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    tables = {name: numpy_helper.to_array(tensor) for name, tensor in constants.items() if len(tensor.dims) == 2}
-    for node in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables
-                 and not any(attribute.name == "axis" and attribute.i for attribute in node.attribute)]:
-        table, shapes = tables[node.input[0]], _shapes(graph)
-        row, piece = _constant_of(graph, node.input[1]), _producers(graph).get(node.input[1])
-        shape = shapes.get(node.output[0], [""])
-        if row is not None and all(shape) and all(
-                one.op_type == "Add" and [shapes.get(name) for name in one.input] == [shape] * 2
-                for one in graph.node if node.output[0] in one.input):
-            graph.initializer.append(numpy_helper.from_array(table[row], f"{node.output[0]}_row"))
-            _replace_uses(graph, node.output[0], f"{node.output[0]}_row")
-        elif piece is not None and piece.op_type == "Slice":
-            counted, start, axes = (numpy_helper.to_array(constants[name]) if name in constants else np.array([])
-                                    for name in (piece.input[0], piece.input[1], [*piece.input, "", ""][3]))
-            from_first = start.tolist() == [0] and axes.tolist() == [1]
-            if not from_first or counted.shape != (1, len(table)) or (counted[0] != np.arange(len(table))).any():
-                continue
-            graph.initializer.append(numpy_helper.from_array(table[None, :n_ctx], f"{node.output[0]}_table"))
-            at = list(graph.node).index(node)
-            graph.node.remove(node)
-            graph.node.insert(at, onnx.helper.make_node("Slice", [f"{node.output[0]}_table", *piece.input[1:]],
-                                                        node.output))
-
-
-def pack_attention(graph: onnx.GraphProto) -> None:
-    """Compute query, key and value of a self-attention in one product: MultiHeadAttention becomes Attention."""
-    producers = _producers(graph)
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "MultiHeadAttention"]:
-        products, biases = [], []
-        for name in node.input[:3]:
-            add = producers.get(name)
-            if add is None or add.op_type != "Add":
-                break
-            bias = next((one for one in add.input if one in constants), None)
-            product = next((producers[one] for one in add.input if one in producers), None)
-            if bias is None or product is None or product.op_type != "MatMul" or product.input[1] not in constants:
-                break
-            products.append(product)
-            biases.append(constants[bias])
-        if len(products) < 3 or len({product.input[0] for product in products}) > 1:
+    for node in graph:
+        if node.op_type != "Gather" or axis_of(node):
             continue
-        weight = np.concatenate([numpy_helper.to_array(constants[one.input[1]]) for one in products], 1)
-        bias = np.concatenate([numpy_helper.to_array(one) for one in biases])
-        packed = [f"{node.output[0]}_weight", f"{node.output[0]}_bias"]
-        graph.initializer.extend(numpy_helper.from_array(array, name)
-                                 for array, name in zip((weight, bias), packed, strict=True))
-        _, padding, added = [*list(node.input[3:]), "", "", ""][:3]
-        del node.input[:]
-        node.input.extend([products[0].input[0], *packed, padding, "", added])
-        node.op_type = "Attention"
+        table, ids, found = array_of(node.inputs[0]), node.inputs[1], node.outputs[0]
+        if table is None or table.ndim != 2 or ids is None:
+            continue
+        row, piece = array_of(_origin(ids, MOVING)), ids.producer()
+        if row is not None and row.size and (row == row.flat[0]).all() and _known(found.shape) and all(
+                user.op_type == "Add" and all(value is not None and value.shape == found.shape for value in user.inputs)
+                for user in found.consumers()):
+            found.replace_all_uses_with(add_constant(graph, table[row.flat[0]], f"{found.name}_row"))
+        elif piece is not None and piece.op_type == "Slice":
+            counted, start, _, axes = map(array_of, (*piece.inputs, None)[:4])
+            if (counted is not None and np.array_equal(counted, np.arange(len(table))[None])
+                    and start is not None and start.tolist() == [0] and axes is not None and axes.tolist() == [1]):
+                short = add_constant(graph, table[None, :n_ctx], f"{found.name}_table")
+                replace_node(node, ir.node("Slice", [short, *piece.inputs[1:]]))
+
+
+def pack_attention(graph: ir.Graph) -> None:
+    """Compute query, key and value of a self-attention in one product: MultiHeadAttention becomes Attention."""
+    for node in graph:
+        if node.op_type != "MultiHeadAttention":
+            continue
+        parts = [part for value in node.inputs[:3] if value is not None and (part := _affine(value))]
+        if len(parts) < 3 or len({x for x, _, _ in parts}) > 1:
+            continue
+        out = node.outputs[0]
+        weight, bias = (add_constant(graph, np.concatenate([part[place] for part in parts], -1), f"{out.name}_{name}")
+                        for place, name in ((1, "weight"), (2, "bias")))
+        padding, added = (*node.inputs[4:], None, None)[:2]
+        replace_node(node, ir.node("Attention", [parts[0][0], weight, bias, padding, None, added], node.attributes,
+                               domain=node.domain))
+
+
+def _affine(value: ir.Value) -> tuple[ir.Value | None, np.ndarray, np.ndarray] | None:
+    """What a product with a bias reads, its weight and its bias; None for other values."""
+    add = value.producer()
+    if add is None or add.op_type != "Add":
+        return None
+    bias = next((array for one in add.inputs if (array := array_of(one)) is not None), None)
+    product = next((node for one in add.inputs if one is not None and (node := one.producer())), None)
+    if bias is None or product is None or product.op_type != "MatMul":
+        return None
+    weight = array_of(product.inputs[1])
+    return None if weight is None else (product.inputs[0], weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------- whole graphs
@@ -230,17 +193,18 @@ def simplify(graph: onnx.ModelProto, n_ctx: int, pack: bool = True) -> onnx.Mode
     """
     from onnxruntime.quantization.onnx_model import ONNXModel
 
-    made = onnx.ModelProto()
-    made.CopyFrom(graph)
-    wrapped = ONNXModel(made)
+    copied = onnx.ModelProto()
+    copied.CopyFrom(graph)
+    wrapped = ONNXModel(copied)
     wrapped.replace_gemm_with_matmul()
-    tidy(wrapped.model.graph)
-    shorten_lookups(wrapped.model.graph, n_ctx)
-    select_early(wrapped.model.graph)
+    made = ir.from_proto(wrapped.model)
+    tidy(made)
+    shorten_lookups(made.graph, n_ctx)
+    select_early(made)
     if pack:
-        pack_attention(wrapped.model.graph)
-    tidy(wrapped.model.graph)
-    return wrapped.model
+        pack_attention(made.graph)
+    tidy(made)
+    return ir.to_proto(made)
 
 
 def fuse(graph: onnx.ModelProto, int8: bool = False) -> onnx.ModelProto:

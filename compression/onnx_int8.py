@@ -9,14 +9,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnxscript import ir
 
-from compression.onnx_graph import fuse, quiet, run_graph
+from compression.onnx_graph import add_constant, array_of, axis_of, fuse, quiet, replace_node, run_graph
 from dataset import EncodedData
 from sentence_classifier.classifier import BUSY_WAIT, INPUTS, OUTPUT, make_session
 from sentence_classifier.errors import InputError
@@ -59,17 +61,6 @@ class Setting:
         return f"convolutions tabulated by word, {said}" if self.tabulated else said
 
 
-class _Sentences:
-    """Calibration sentences, one at a time, through the interface of ONNX Runtime's quantizer."""
-
-    def __init__(self, rows: Sequence[np.ndarray]) -> None:
-        self.feeds = map(_feed, rows)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The inputs of the next sentence, None after the last."""
-        return next(self.feeds, None)
-
-
 def _feed(row: np.ndarray) -> dict[str, np.ndarray]:
     """The graph's inputs for one sentence."""
     return {INPUTS[0]: np.asarray(row, dtype=np.int64)[None], INPUTS[1]: np.ones((1, len(row)), dtype=bool)}
@@ -92,44 +83,38 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
         constant: dict[str, Any] = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"],
                                     "TensorQuantOverrides": setting.trained}
         if setting.calibrated:
-            quantize_static(source, target, _Sentences(rows), quant_format=QuantFormat.QDQ, extra_options=constant,
+            sentences: Any = SimpleNamespace(get_next=partial(next, map(_feed, rows), None))
+            quantize_static(source, target, sentences, quant_format=QuantFormat.QDQ, extra_options=constant,
                             op_types_to_quantize=list(setting.calibrated), activation_type=QuantType.QUInt8, **common)
             source, target = target, source
         measured = [name for name in ("MatMul", "Attention") if name not in setting.calibrated]
         quantize_dynamic(source, target, op_types_to_quantize=measured, extra_options=constant, **common)
-        made = onnx.load(target)
+        made = ir.from_proto(onnx.load(target))
     quantize_tables(made.graph)
-    return made
+    return ir.to_proto(made)
 
 
-def quantize_tables(graph: onnx.GraphProto, least: int = 1 << 16) -> None:
+def quantize_tables(graph: ir.Graph, least: int = 1 << 16) -> None:
     """Store tables of vectors from which rows are looked up in int8, with a scale for each row.
 
     Args:
         least: smaller tables (in elements) stay in fp32.
     """
-    tables = {tensor.name: tensor for tensor in graph.initializer
-              if len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= least}
-    readers = {name: [node for node in graph.node if name in node.input] for name in tables}
-    for name, nodes in readers.items():
-        if not all(node.op_type == "Gather" and not any(a.name == "axis" and a.i for a in node.attribute)
-                   for node in nodes):
+    for name, value in list(graph.initializers.items()):
+        table, readers = array_of(value), value.consumers()
+        if (table is None or table.ndim != 2 or table.dtype != np.float32 or table.size < least
+                or any(node.op_type != "Gather" or axis_of(node) for node in readers)):
             continue
-        table = numpy_helper.to_array(tables[name])
         scale = np.maximum(np.abs(table).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-        graph.initializer.remove(tables[name])
-        graph.initializer.append(numpy_helper.from_array(np.rint(table / scale).astype(np.int8), f"{name}_int8"))
-        graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
-        for node in nodes:
-            at, out = list(graph.node).index(node), node.output[0]
-            for new in reversed([
-                onnx.helper.make_node("Gather", [f"{name}_int8", node.input[1]], [f"{out}_int8"]),
-                onnx.helper.make_node("Cast", [f"{out}_int8"], [f"{out}_cast"], to=onnx.TensorProto.FLOAT),
-                onnx.helper.make_node("Gather", [f"{name}_scale", node.input[1]], [f"{out}_scale"]),
-                onnx.helper.make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out]),
-            ]):
-                graph.node.insert(at, new)
-            graph.node.remove(node)
+        rows = add_constant(graph, np.rint(table / scale).astype(np.int8), f"{name}_int8")
+        scales = add_constant(graph, scale, f"{name}_scale")
+        for node in readers:
+            row = ir.node("Gather", [rows, node.inputs[1]])
+            cast = ir.node("Cast", row.outputs, {"to": ir.DataType.FLOAT})
+            factor = ir.node("Gather", [scales, node.inputs[1]])
+            node.prepend([row, cast, factor])
+            replace_node(node, ir.node("Mul", [cast.outputs[0], factor.outputs[0]]))
+        del graph.initializers[name]
 
 
 def trained_scales(exported: onnx.ModelProto, graph: onnx.ModelProto,

@@ -45,11 +45,6 @@ class Importance(NamedTuple):
         return Importance(*(F.normalize(scores, dim=1) for scores in self))
 
 
-def ffn_key(config: Any) -> str:
-    """The key of a transformer's config for the number of feed-forward units."""
-    return "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size"
-
-
 def check_targets(transformer: Any, heads: int, units: int) -> None:
     """Check the numbers of heads and units to keep.
 
@@ -115,7 +110,7 @@ def prune(transformer: Any, importance: Importance, heads: int, units: int) -> N
         parts.keep_units(_best(importance.units[layer], units).to(parts.inner.weight.device))
     if heads < config.num_attention_heads:
         setattr(config, NUM_HEADS, heads)
-    setattr(config, ffn_key(config), units)
+    setattr(config, "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size", units)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -219,7 +219,7 @@ def quantize(model: Classifier, int8_mode: str, checkpoint: Checkpoint, batch_si
         return model
     found = products(model)
     entries: dict[str, Any] = dict.fromkeys(found) if int8_mode == "dqm" else scales_of(checkpoint)
-    before = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    before = sum(value.nbytes for value in model.state_dict().values())
     total = sum(weight.numel() for weight in weights.values())
     covered = sum(weights[f"{name}.weight"].numel() for name in entries)
     for name, entry in entries.items():
@@ -244,7 +244,7 @@ def restore_diffq(model: Classifier, checkpoint: Checkpoint) -> None:
         for name, entry in trained["tensors"].items():
             unit = (entry["high"] - entry["low"]) / (2.0 ** entry["bits"].float().unsqueeze(1) - 1.0)
             own[name].copy_((entry["low"] + unit * entry["levels"].float()).view_as(own[name]))
-    size = sum(value.numel() * value.element_size() for value in model.parameters())
+    size = sum(value.nbytes for value in model.parameters())
     logger.info("[DiffQ] %.3f MB compressed, in fp32 %.3f MB; %.2f bits a weight on average, %.1f %% of the groups "
                 "with 8 or fewer", trained["size_mb"], size / 2**20, bits.mean(), 100 * (bits <= 8).float().mean())
 

@@ -13,6 +13,7 @@ from sentence_classifier.errors import InputError
 from util import EncodingInfo
 
 
+@torch.no_grad()
 def classification_token(model: Any, leading_special: bool) -> str:
     """The position that the architecture classifies by: "first" or "last" (the last real token).
 
@@ -22,14 +23,10 @@ def classification_token(model: Any, leading_special: bool) -> str:
     Args:
         leading_special: whether the tokenizer begins each sentence with a special token.
     """
-    return "first" if leading_special and not model.config.is_encoder_decoder and not _is_causal(model) else "last"
-
-
-@torch.no_grad()
-def _is_causal(model: Any) -> bool:
-    """Whether a position's hidden state is the same whatever follows it: tried out on three tokens."""
+    if not leading_special or model.config.is_encoder_decoder:
+        return "last"
     hidden = tried_out(model, [[1, 2, 3], [1, 2, 4]]).last_hidden_state
-    return torch.equal(hidden[0, 0], hidden[1, 0])
+    return "last" if torch.equal(hidden[0, 0], hidden[1, 0]) else "first"  # the same whatever follows, or not
 
 
 def check_tokenizer(path: str, encoding: EncodingInfo, source: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sentence_classifier.errors import InputError
-from util import IDENTITY, RUN_ID, previous_names, refuse_full_disk, saved_fact, sweep, sync_folder
+from util import IDENTITY, RUN_ID, previous_name, refuse_full_disk, saved_fact, sweep, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def save_pretrained(model: Any, tokenizer: Any, labels: list[str], run_id: str, 
             os.rename(made, target)
         else:
             if any(target.iterdir()) and saved_fact(target, IDENTITY) != identity:
-                aside = _free_name(target)
+                aside = previous_name(target)
                 logger.warning("[%s came from elsewhere and is kept as %s]", target, aside)
                 os.rename(made, aside)  # from there the two change places: neither is ever without a name
                 made = aside
@@ -97,12 +97,8 @@ def _exchange_at_once(one: Path, other: Path) -> None:
 def _recover(target: Path) -> None:
     """Give a folder its name back that a killed process took from it between two renames."""
     for old in target.parent.glob(f"{_hidden(target)}/{_OLD}"):
-        os.rename(old, _free_name(target) if target.exists() else target)
+        os.rename(old, previous_name(target) if target.exists() else target)
 
 
 def _hidden(target: Path) -> str:
     return f".{glob.escape(target.name)}-*"
-
-
-def _free_name(target: Path) -> Path:
-    return next(name for name in previous_names(target) if not name.exists())

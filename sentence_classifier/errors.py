@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Protocol
+from collections.abc import Callable
 
 
 class InputError(Exception):
@@ -28,12 +28,6 @@ class FullDisk(InputError):
         self.strerror = reason
 
 
-class Main(Protocol):
-    """A stage's entry point."""
-
-    def __call__(self, argv: list[str] | None = None) -> None: ...
-
-
 def print_anything() -> None:
     """Make standard output and standard error take any text, whatever encoding the console or the pipe has.
 
@@ -46,7 +40,7 @@ def print_anything() -> None:
             stream.reconfigure(encoding=None if named else "utf-8", errors="backslashreplace")
 
 
-def fail_cleanly(main: Main) -> Main:
+def fail_cleanly(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a stage's `main`: what the user handed in, or the disk, ends it with a sentence and exit status 2."""
 
     def wrapped(argv: list[str] | None = None) -> None:

@@ -20,22 +20,10 @@ def normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def split_whitespace(sentence: str) -> list[str]:
-    """Words as the blanks of the text separate them."""
-    return sentence.split()
-
-
-_PUNCTUATION = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]", re.UNICODE)
-
-
-def split_punctuation(sentence: str) -> list[str]:
-    """Words and punctuation marks, each on its own: "Play jazz!" becomes Play, jazz, !."""
-    return _PUNCTUATION.findall(sentence)
-
-
+# From a sentence to its words: as blanks separate them, or with punctuation marks on their own (Play, jazz, !).
 WORD_TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
-    "whitespace": split_whitespace,
-    "punctuation": split_punctuation,
+    "whitespace": str.split,
+    "punctuation": re.compile(r"\w+(?:['’]\w+)*|[^\w\s]").findall,
 }
 
 
@@ -53,7 +41,6 @@ def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable
 
 
 MASK = "[MASK]"  # in augmented text, a word that is hidden from the model
-
 
 # What the encoded files of a model are read with; also these files' ending.
 WORDS, SUBWORDS = "ids", "fs"
@@ -130,15 +117,9 @@ class WordTokenizer:
         return [(row[: self.n_ctx], len(row)) for row in rows]
 
     def _words(self, sentence: str) -> list[int]:
-        if self.masks and MASK in sentence:
-            return self._masked(sentence)
-        return [self.ids.get(word, 1) for word in self.split(sentence)]
-
-    def _masked(self, sentence: str) -> list[int]:
         ids: list[int] = []
-        for part in sentence.split(MASK):
-            ids += [self.ids.get(word, 1) for word in self.split(part)]
-            ids.append(self.unknown)
+        for part in sentence.split(MASK) if self.masks else [sentence]:
+            ids += [*(self.ids.get(word, 1) for word in self.split(part)), self.unknown]
         return ids[:-1]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sentence_classifier.errors import InputError
-from util import atomic_write, keep_previous, sha256, sweep
+from util import atomic_write, previous_name, second_name, sha256, sweep
 
 
 def test_atomic_write_leaves_what_stood_there_when_it_fails(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_keep_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+def test_the_earlier_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     if not links:
         def refuse(*names: object) -> None:
             raise PermissionError("no hard links here")
@@ -50,7 +50,7 @@ def test_keep_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: b
     for number in range(3):
         with atomic_write(path) as file:
             file.write(str(number))
-        keep_previous(path)
+        second_name(path, previous_name(path))
     kept = [(tmp_path / f"model.pt.previous{end}").read_text() for end in ("", ".2", ".3")]
     assert kept == ["0", "1", "2"]
 

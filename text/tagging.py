@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from sentence_classifier.errors import InputError
-from sentence_classifier.tokenizers import split_whitespace
 
 Analysis = tuple[list[str], list[str]]  # words and tags, as many of each
 Analyzer = Callable[[list[str]], list[Analysis]]
@@ -52,7 +51,7 @@ def make_hanta() -> Analyzer:
     # By its whole path: of a bare name, HanTa would take a file of the current folder first, and it unpickles.
     tagger = HantaTagger(os.path.join(os.path.dirname(HanTa.__file__), "morphmodel_en.pgz"))
 
-    return lambda sentences: [(words, tagger(words)) for words in map(split_whitespace, sentences)]
+    return lambda sentences: [(words, tagger(words)) for words in map(str.split, sentences)]
 
 
 class HantaTagger:

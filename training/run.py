@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
 from text.labels import NO_LABEL, read_labels
 from training.losses import fit_decoder
-from util import Checkpoint, RunInfo, git_revision, load_checkpoint, new_run_id, versions
+from util import Checkpoint, RunInfo, git_revision, load_checkpoint, versions
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def describe(args: argparse.Namespace, config: dict[str, Any], train: EncodedDat
     # What decides is the table of vectors and the tokenizer, not the names of the files that they came from.
     made_from = json.dumps([config, train.encoding.decisive(), valid.encoding.source_sha256,
                             model.embedding.identity()], sort_keys=True)
-    return RunInfo(run_id=new_run_id(), identity=hashlib.sha256(made_from.encode()).hexdigest(),
+    return RunInfo(run_id=uuid.uuid4().hex[:12], identity=hashlib.sha256(made_from.encode()).hexdigest(),
                    config=config, flags={**flags, "precision": precision},
                    encoding=train.encoding, vocabulary=vocabulary.decode("utf-8"),
                    embedding=model.embedding.metadata(), versions=versions(), git_revision=git_revision(),

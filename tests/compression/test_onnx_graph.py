@@ -7,6 +7,7 @@ from typing import Any
 import onnx
 from architectures import HIDDEN, POSITIONS
 from graphs import ROWS, copy, operators
+from onnxscript import ir
 
 from compression.onnx_export import check
 from compression.onnx_graph import fuse, pack_attention, select_early, shorten_lookups, simplify, tidy
@@ -15,9 +16,11 @@ from compression.onnx_graph import fuse, pack_attention, select_early, shorten_l
 def test_each_rewrite_computes_the_same(tiny_bert_graph: tuple[Any, onnx.ModelProto]) -> None:
     model, graph = tiny_bert_graph
     made = copy(graph)
-    for step in (tidy, lambda graph: shorten_lookups(graph, 64), select_early, pack_attention, tidy):
-        before = operators(made)
-        step(made.graph)
+    for step in (tidy, lambda model: shorten_lookups(model.graph, 64), select_early,
+                 lambda model: pack_attention(model.graph), tidy):
+        before, changed = operators(made), ir.from_proto(made)
+        step(changed)
+        made = ir.to_proto(changed)
         assert check(made, model, ROWS) < 1e-5
         assert operators(made) != before or step is tidy
     assert operators(made).count("Attention") == 3 and "MultiHeadAttention" not in operators(made)

@@ -16,6 +16,7 @@ from cases import Case, make_case, onnx_flags
 from conftest import Place
 from graphs import ROWS, copy, make_words, operators
 from helpers import refusal, write_config
+from onnxscript import ir
 
 import evaluate
 import preprocess
@@ -33,8 +34,9 @@ from util import load_checkpoint
 
 def test_tables_in_int8(tiny_bert_graph: tuple[Any, onnx.ModelProto]) -> None:
     model, graph = tiny_bert_graph
-    made = copy(graph)
-    quantize_tables(made.graph, least=1000)
+    changed = ir.from_proto(graph)
+    quantize_tables(changed.graph, least=1000)
+    made = ir.to_proto(changed)
     stored = {tensor.name for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
     assert stored
     found = np.concatenate(run_graph(made, [[row] for row in ROWS]))
