@@ -172,7 +172,6 @@ class BucketSampler:
 
     Args:
         lengths: [N] tokens in each sentence.
-        batch_size: sentences a batch.
         shuffle: False sorts everything by length, longest first (so that memory runs out at once or never).
     """
 
@@ -231,10 +230,7 @@ def prefetch(read: Callable[[Sequence[int]], AnyBatch], batches: Iterable[Sequen
 
 
 def load_table(path: str | Path, expected: str) -> Tensor:
-    """Map a table of word vectors, embedding.npy, into memory: [V, D] float32.
-
-    Args:
-        expected: its fingerprint as preprocess.py recorded it.
+    """Map a table of word vectors, embedding.npy, into memory: [V, D] float32; preprocess.py recorded its fingerprint.
 
     Raises:
         InputError: no such table, or another one.

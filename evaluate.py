@@ -152,7 +152,6 @@ class TorchClassifier(TextClassifier):
     Attributes:
         model: token ids [B, T] and mask [B, T] to logits [B, C]; see model.Classifier.
         checkpoint: the rest of the file's content.
-        device: where the model is.
     """
 
     def __init__(self, model: Any, checkpoint: Any, device: Any) -> None:
@@ -199,11 +198,7 @@ class TorchClassifier(TextClassifier):
 
 
 def load_model(args: argparse.Namespace, config: Config, **changes: Any) -> tuple[TextClassifier, RunInfo]:
-    """The model that the flags name and its run, checked against --config and --bert_output_dir if they are given.
-
-    Args:
-        changes: of the flags.
-    """
+    """The model that the flags, but for changes, name, and its run, checked against --config and --bert_output_dir."""
     args = argparse.Namespace(**{**vars(args), **changes})
     path = model_file(args)
     classifier: OnnxClassifier | TorchClassifier
@@ -287,7 +282,7 @@ def measure(args: argparse.Namespace, config: Config) -> None:
 
     if args.enable_inference:
         sentences, written, targets = read_examples(source, classifier.labels, args.skip_bad_lines, args.num_examples)
-        probabilities, seconds = classify_raw(classifier, sentences)
+        batch_size, lengths = 1, np.ones(len(sentences))
     else:
         from dataset import EncodedData, check_same_data
 
@@ -297,15 +292,20 @@ def measure(args: argparse.Namespace, config: Config) -> None:
                                                     args.num_examples)
         if not np.array_equal(data.class_ids()[: args.num_examples or None], targets):
             raise InputError(f"{data.path}: its sentences are not those of {source}; run preprocess.py again.")
-        probabilities, seconds = classify_encoded(classifier, data, args.batch_size, len(sentences))
-    predictions = probabilities.argmax(1)
-    timing = time_figures(seconds, 1 if args.enable_inference else args.batch_size)
+        batch_size, lengths = args.batch_size, data.lengths[: len(sentences)]
+
+    def read(places: np.ndarray) -> list[Any]:
+        if args.enable_inference:
+            return [classifier.tokenizer(sentences[place]) for place in places]
+        return data.rows(places)
+
+    predictions, seconds = classify(classifier, read, lengths, batch_size)
+    timing = time_figures(seconds, batch_size)
     compared: dict[str, float] = {}
     if args.int8_mode:
         fp32 = load_model(args, config, int8_mode=None)[0]
-        expected = (classify_raw(fp32, sentences) if args.enable_inference
-                    else classify_encoded(fp32, data, 64, len(sentences)))[0]
-        compared = compare_with_fp32(predictions, expected.argmax(1), targets)
+        expected, _ = classify(fp32, read, lengths, 1 if args.enable_inference else 64)
+        compared = compare_with_fp32(predictions, expected, targets)
 
     report = EvaluationReport.of(targets, predictions, classifier.labels.names, written)
     if report.unknown:
@@ -338,32 +338,24 @@ def read_examples(path: Path, labels: Labels, skip_bad_lines: bool,
     return [example.sentence for example in examples], [example.label[0] for example in examples], np.array(targets)
 
 
-def classify_encoded(classifier: TextClassifier, data: EncodedData, batch_size: int,
-                     count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classify the first `count` encoded examples.
+def classify(classifier: TextClassifier, read: Callable[[np.ndarray], list[Any]], lengths: np.ndarray,
+             batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classify examples of these lengths [N]: one by one in the file's order, or in batches of like length.
+
+    `read` makes token id rows of places in the file, and its time counts.
 
     Returns:
-        Probabilities [N, C] in the file's order, and the seconds [N] of each batch divided by its sentences.
+        Predictions [N], and the seconds [N] of each batch divided by its sentences.
     """
-    lengths = data.lengths[:count]
-    batches = [np.array([place]) for place in range(count)] if batch_size == 1 else list(by_length(lengths, batch_size))
-    probabilities = np.zeros((count, len(classifier.labels)), dtype=np.float32)
+    predictions = np.zeros(len(lengths), dtype=np.int64)
     seconds: list[float] = []
+    batches = list(by_length(lengths if batch_size > 1 else np.ones(len(lengths)), batch_size))
     for places in tqdm(batches, unit="batch", disable=None):
         begin = time.perf_counter()
-        probabilities[places] = classifier.probabilities(data.rows(places))
+        probabilities = classifier.probabilities(read(places))
         seconds += [(time.perf_counter() - begin) / len(places)] * len(places)
-    return probabilities, np.array(seconds)
-
-
-def classify_raw(classifier: TextClassifier, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Classify sentences one at a time. Returns as classify_encoded."""
-    probabilities, seconds = [], []
-    for sentence in tqdm(sentences, unit="sentence", disable=None):
-        begin = time.perf_counter()
-        probabilities.append(classifier.probabilities([classifier.tokenizer(sentence)])[0])
-        seconds.append(time.perf_counter() - begin)
-    return np.stack(probabilities), np.array(seconds)
+        predictions[places] = probabilities.argmax(1)
+    return predictions, np.array(seconds)
 
 
 def compare_with_fp32(predictions: np.ndarray, fp32_predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:

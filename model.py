@@ -466,11 +466,8 @@ def build_model(config: dict[str, Any], num_labels: int, embedding: Embedding) -
 def load_classifier(checkpoint: Checkpoint, folders: Iterable[str | None]) -> Classifier:
     """Build the classifier of a checkpoint again, on the CPU.
 
-    Args:
-        folders: data folders, searched in this order for the table of frozen word vectors.
-
     Raises:
-        InputError: none has it.
+        InputError: none of these data folders has the table of its frozen word vectors.
     """
     run = checkpoint.run
     embedding = EMBEDDINGS[run.encoding.kind].from_checkpoint(checkpoint, [f for f in folders if f])

@@ -187,11 +187,7 @@ def word_convolutions(model: Classifier) -> MaxOverTimeConv | None:
 
 @contextlib.contextmanager
 def ready_for_export(model: Classifier, tabulated: bool = False) -> Iterator[nn.Module]:
-    """A view of the classifier that exports well; after the block, the classifier is as before.
-
-    Args:
-        tabulated: with TabulatedConvolutions in the place of `word_convolutions`.
-    """
+    """A view of the classifier that exports well, if `tabulated` with TabulatedConvolutions; then it is as before."""
     if isinstance(model.embedding, WordEmbedding):
         words: Any = TableLookup(model.embedding)
         encoder, cnn = model.encoder, word_convolutions(model) if tabulated else None
@@ -216,10 +212,7 @@ def ready_for_export(model: Classifier, tabulated: bool = False) -> Iterator[nn.
 
 
 def export_graph(model: Classifier, opset: int = DEFAULT_OPSET, tabulated: bool = False) -> onnx.ModelProto:
-    """The classifier's graph for any batch size and length, weights inside.
-
-    Args:
-        tabulated: see `ready_for_export`.
+    """The classifier's graph for any batch size and length, weights inside; `tabulated` as in ready_for_export.
 
     Raises:
         InputError: it is larger than an ONNX file can be.
@@ -257,10 +250,7 @@ def varied_batches(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray], num_threads: int = 0) -> float:
-    """Compare a graph with PyTorch, sentence by sentence.
-
-    Returns:
-        The largest difference of a logit (relative if logits are larger than 1).
+    """The largest difference of a logit between a graph and PyTorch (relative if logits are larger than 1).
 
     Raises:
         InputError: a difference above 1e-4, or another prediction.
@@ -300,7 +290,6 @@ def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, 
 
     Args:
         model: on the CPU, in evaluation mode.
-        checkpoint: its checkpoint.
         folder: the data folder; its valid sentences check both files, its training sentences calibrate.
 
     Raises:

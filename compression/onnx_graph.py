@@ -184,10 +184,9 @@ def _affine(value: ir.Value) -> tuple[ir.Value | None, np.ndarray, np.ndarray] |
 
 
 def simplify(graph: onnx.ModelProto, n_ctx: int, pack: bool = True) -> onnx.ModelProto:
-    """The exported graph with less to compute, still in fp32, before any quantization.
+    """A copy of the exported graph with less to compute, still in fp32, before any quantization.
 
     Args:
-        graph: not changed.
         n_ctx: tokens of the longest sentence.
         pack: join the three products of an attention.
     """
@@ -208,14 +207,11 @@ def simplify(graph: onnx.ModelProto, n_ctx: int, pack: bool = True) -> onnx.Mode
 
 
 def fuse(graph: onnx.ModelProto, int8: bool = False) -> onnx.ModelProto:
-    """The graph as ONNX Runtime fuses it for every processor: done once here, not at every start.
-
-    Args:
-        int8: the graph's products are quantized. A product that was joined with its bias first would stay in fp32.
-    """
+    """The graph, or an int8 one, as ONNX Runtime fuses it for every processor: done once here, not at every start."""
     import onnxruntime
 
-    # A sum and a layer norm are together twice as fast as ONNX Runtime's operator for both.
+    # A sum and a layer norm are together twice as fast as ONNX Runtime's operator for both. A quantized product that
+    # is joined with its bias first would stay in fp32.
     left_out = ["SkipLayerNormFusion", *(["MatMulAddFusion"] if int8 else [])]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED

@@ -67,12 +67,7 @@ def _feed(row: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray]) -> onnx.ModelProto:
-    """A simplified graph with its matrices, convolutions and tables of vectors in int8.
-
-    Args:
-        graph: as `simplify` made it; not changed.
-        rows: token ids of the calibration sentences.
-    """
+    """A copy of a simplified graph with matrices, convolutions and tables in int8; `rows` of token ids calibrate."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     common = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": setting.bits == 7}
@@ -95,11 +90,7 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
 
 
 def quantize_tables(graph: ir.Graph, least: int = 1 << 16) -> None:
-    """Store tables of vectors from which rows are looked up in int8, with a scale for each row.
-
-    Args:
-        least: smaller tables (in elements) stay in fp32.
-    """
+    """Store tables of at least so many elements from which rows are looked up in int8, with a scale for each row."""
     for name, value in list(graph.initializers.items()):
         table, readers = array_of(value), value.consumers()
         if (table is None or table.ndim != 2 or table.dtype != np.float32 or table.size < least

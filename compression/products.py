@@ -51,10 +51,7 @@ def products(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matrix_weights(model: nn.Module, tables: bool = False) -> dict[str, Tensor]:
-    """All weights of matrices and convolutions by name, also of modules that are no products.
-
-    Args:
-        tables: with embedding tables.
+    """All weights of matrices and convolutions by name, of modules that are no products, too; with tables if asked.
 
     Raises:
         InputError: there are no matrices.
@@ -141,11 +138,7 @@ class Int8Product(nn.Module):
 
     @classmethod
     def turn(cls, module: nn.Module, entry: dict[str, Any] | None = None) -> None:
-        """Turn a product on the CPU into this form.
-
-        Args:
-            entry: its scales from `scales_of`; None: each input's range is measured (dynamic).
-        """
+        """Turn a product on the CPU into this form by its scales; None: each input's range is measured (dynamic)."""
         kind, weight, bias = kind_of(module), module.weight, module.bias
         assert kind and isinstance(weight, Tensor)
         scales = weight_scale(module) if entry is None else entry["weight_scale"]

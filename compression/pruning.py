@@ -61,11 +61,7 @@ def check_targets(transformer: Any, heads: int, units: int) -> None:
 
 
 def measure_importance(model: Classifier, data: EncodedData, batch_size: int, device: torch.device) -> Importance:
-    """The importance of each head and unit on labelled data; see above.
-
-    Args:
-        model: on the device; left in evaluation mode.
-    """
+    """The importance of each head and unit on labelled data, see above; the model is left in evaluation mode."""
     model.eval()
     transformer: Any = model.embedding.transformer
     parts, heads = layer_parts(transformer), num_heads(transformer.config)
@@ -119,11 +115,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def draw_importance(importance: Importance, heads: int, units: int, path: str) -> None:
-    """Draw the importance of heads (removed ones are crossed out) and of units, in ascending order, by layer.
-
-    Args:
-        heads, units: how many remain in each layer.
-    """
+    """Draw the importance by layer: of heads, all but `heads` crossed out, and of units in ascending order."""
     from matplotlib import colormaps
 
     layers, count = importance.heads.shape

@@ -204,11 +204,8 @@ def quantize(model: Classifier, int8_mode: str, checkpoint: Checkpoint, batch_si
 
     Args:
         model: as load_classifier made it, in evaluation mode; it is changed.
-        int8_mode: "dqm", "qat", "qat_fx" or "diffq".
+        int8_mode: "dqm", "qat", "qat_fx" (which returns a CompiledGraph) or "diffq".
         batch_size: of the largest batch to come; graph mode needs it.
-
-    Returns:
-        A callable that takes (input_ids, attention_mask), as the model does.
 
     Raises:
         InputError: the checkpoint was trained in another mode, or the model has no matrices.

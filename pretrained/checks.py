@@ -19,9 +19,6 @@ def classification_token(model: Any, leading_special: bool) -> str:
 
     BERT-likes classify by the special token that their tokenizer puts first. Where there is none, where attention
     goes to earlier positions only (GPT), and in encoder-decoders (BART), it is the last token, which has seen all.
-
-    Args:
-        leading_special: whether the tokenizer begins each sentence with a special token.
     """
     if not leading_special or model.config.is_encoder_decoder:
         return "last"
@@ -39,12 +36,7 @@ def check_tokenizer(path: str, encoding: EncodingInfo, source: str) -> None:
 
 @torch.no_grad()
 def check_size(model: Any, last_id: int, n_ctx: int, path: str) -> None:
-    """Refuse a model that has no embedding of some token of the data, or takes shorter sentences only: one is tried.
-
-    Args:
-        last_id: the largest token id of the data.
-        n_ctx: tokens of the longest sentence.
-    """
+    """Refuse a model without an embedding of the data's last id, or that takes no sentence of n_ctx tokens (tried)."""
     rows = model.get_input_embeddings().num_embeddings
     if last_id >= rows:
         raise InputError(f"{path}: its tokenizer has more tokens than the model has embeddings ({rows}).")

@@ -81,11 +81,7 @@ def _exchange(one: Path, other: Path, between: Path) -> None:
 
 
 def _exchange_at_once(one: Path, other: Path) -> None:
-    """Linux's renameat2 with RENAME_EXCHANGE.
-
-    Raises:
-        OSError: the system or its file system has no such thing.
-    """
+    """Linux's renameat2 with RENAME_EXCHANGE; OSError if the system or its file system has no such thing."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):

@@ -8,13 +8,9 @@ import numpy as np
 
 
 def by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """The places of sentences in batches of like length, the longest first, so that little of a batch is padding.
+    """The places of sentences of these lengths [N] in batches, the longest first, so that little of one is padding.
 
-    `answers[places] = ...` brings the answers back to their places.
-
-    Args:
-        lengths: [N] tokens in each sentence.
-        batch_size: sentences a batch; the last one may be smaller.
+    `answers[places] = ...` brings the answers back to their places. The last batch may be smaller.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     for start in range(0, len(order), batch_size):
@@ -24,8 +20,7 @@ def by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> Iterator[
 def pad(rows: Sequence[Sequence[int] | np.ndarray], multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [B, T] int64, 0 at pad positions, and the mask [B, T], True at real tokens.
 
-    Args:
-        multiple: T is the longest row's length, rounded up to a multiple of it.
+    T is the longest row's length, rounded up to a multiple of `multiple`.
     """
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(-(-lengths.max() // multiple) * multiple) < lengths[:, None]

@@ -42,12 +42,7 @@ class Prediction(NamedTuple):
 
 
 def make_session(model: str | bytes, num_threads: int = 0) -> onnxruntime.InferenceSession:
-    """A session for one request at a time.
-
-    Args:
-        model: a file's path, or its content.
-        num_threads: 0 leaves the choice to ONNX Runtime.
-    """
+    """A session for one request at a time, of a file's path or its content; 0 threads: ONNX Runtime's choice."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -65,12 +60,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class TextClassifier(ABC):
-    """A loaded model that answers text: OnnxClassifier, or evaluate.TorchClassifier for a checkpoint.
-
-    Attributes:
-        labels: the label map.
-        tokenizer: from a sentence to its token ids.
-    """
+    """A loaded model that answers text: OnnxClassifier, or evaluate.TorchClassifier for a checkpoint."""
 
     def __init__(self, labels: Labels, tokenizer: Tokenizer) -> None:
         self.labels = labels
@@ -176,11 +166,7 @@ def _readable(path: str) -> str | bytes:
 
 
 def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
-    """Open a .onnx file that `evaluate.py --convert_onnx` wrote.
-
-    Args:
-        path: the file.
-        num_threads: 0 leaves the choice to ONNX Runtime.
+    """Open a .onnx file that `evaluate.py --convert_onnx` wrote; 0 threads: ONNX Runtime's choice.
 
     Raises:
         InputError: no such file, a truncated one, or one that this toolkit did not write.

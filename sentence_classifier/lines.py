@@ -60,8 +60,10 @@ class SentenceReader:
             for example in self.parse(file):
                 usable = True
                 yield example
-            if not usable:
-                raise self.no_line()
+        if not usable:
+            fault = self.skipped and self.fault()
+            what = "no usable line" if self.skipped else "the file is empty"
+            raise InputError(f"{self.path}: {fault or f'{what}; {self.expected}.'}")
 
     def parse(self, lines: Iterable[bytes], first: int = 1) -> Iterator[Example]:
         """The examples of raw lines, of which the first has the number `first`."""
@@ -81,12 +83,6 @@ class SentenceReader:
                     raise InputError(f"{self.path}: {fault}" if fault else f"{self.path}:{number}: {said} Correct the "
                                      "line, or pass --skip_bad_lines.") from None
                 self.skipped += 1
-
-    def no_line(self) -> InputError:
-        """That no line is an example."""
-        if self.skipped and (fault := self.fault()):
-            return InputError(f"{self.path}: {fault}")
-        return InputError(f"{self.path}: {'no usable line' if self.skipped else 'the file is empty'}; {self.expected}.")
 
     def example(self, number: int, line: str) -> Example:
         """What a line holds; raises ValueError with the reason if it cannot be used."""

@@ -28,12 +28,7 @@ WORD_TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
 
 
 def word_tokenizer(name: str = "whitespace", lowercase: bool = True) -> Callable[[str], list[str]]:
-    """The function from a sentence to its words that preprocess.py and raw-text inference share.
-
-    Args:
-        name: a key of WORD_TOKENIZERS.
-        lowercase: fold the sentence to lower case first.
-    """
+    """The function from a sentence, folded to lower case first or not, to its words, by a key of WORD_TOKENIZERS."""
     split = WORD_TOKENIZERS[name]
     if lowercase:  # which may leave the normal form: the small letter of J with a caron is one character, J's is two
         return lambda sentence: split(normalize(normalize(sentence).lower()))
@@ -184,9 +179,5 @@ Tokenizer = WordTokenizer | SubwordTokenizer
 
 
 def make_tokenizer(vocabulary: str, info: TokenizerInfo) -> Tokenizer:
-    """The one function from text to token ids that training and every way of inference share.
-
-    Args:
-        vocabulary: the content of the vocabulary's file.
-    """
+    """The one function from text to token ids that training and every way of inference share."""
     return (WordTokenizer if info.kind == WORDS else SubwordTokenizer)(vocabulary, info)
