@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -51,14 +51,6 @@ class TableLookup(nn.Module):
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """input_ids [B, T], 0 where mask [B, T] is False -> [B, T, D]."""
         return F.embedding(input_ids, self.table)
-
-
-class TokenIds(nn.Module):
-    """The embedding of TabulatedConvolutions, which reads token ids."""
-
-    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """input_ids [B, T] -> the same."""
-        return input_ids
 
 
 class TabulatedConvolutions(nn.Module):
@@ -190,10 +182,11 @@ def ready_for_export(model: Classifier, tabulated: bool = False) -> Iterator[nn.
     """A view of the classifier that exports well, if `tabulated` with TabulatedConvolutions; then it is as before."""
     if isinstance(model.embedding, WordEmbedding):
         words: Any = TableLookup(model.embedding)
-        encoder, cnn = model.encoder, word_convolutions(model) if tabulated else None
-        if cnn:
-            words, encoder = TokenIds(), TabulatedConvolutions(words.table, cnn)
-        yield Classifier(words, encoder, model.decoder).eval()
+        if tabulated and (cnn := word_convolutions(model)):
+            convolutions = TabulatedConvolutions(words.table, cnn)
+            yield Classifier(cast(Any, lambda input_ids, mask: input_ids), convolutions, model.decoder).eval()
+        else:
+            yield Classifier(words, model.encoder, model.decoder).eval()
         return
     from transformers import AttentionInterface, AttentionMaskInterface
 

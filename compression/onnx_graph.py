@@ -235,8 +235,7 @@ def quiet() -> Iterator[None]:
     """Hide what the exporter and the quantizer log about themselves."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(logging.NOTSET)

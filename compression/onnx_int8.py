@@ -187,11 +187,11 @@ class Candidate:
     fraction: float
     correct: int
     changed: int
-    milliseconds: float = 0.0
+    milliseconds: float
 
 
 def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedData, valid: EncodedData,
-                num_threads: int = 0, limit: int = 2000, tabulated: onnx.ModelProto | None = None,
+                num_threads: int = 0, tabulated: onnx.ModelProto | None = None,
                 trained: dict[str, Any] | None = None,
                 int8_mb: float | None = None) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The fastest int8 form of a graph that keeps its accuracy on the valid sentences, found by measuring.
@@ -208,7 +208,7 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     Raises:
         InputError: there is nothing to quantize, or no candidate passes.
     """
-    places = np.unique(np.linspace(0, len(valid) - 1, min(limit, len(valid))).astype(np.int64))
+    places = np.unique(np.linspace(0, len(valid) - 1, min(2000, len(valid))).astype(np.int64))
     rows, targets = valid.rows(places), valid.class_ids()[places]
     calibration = train.rows(np.unique(np.linspace(0, len(train) - 1, 256).astype(np.int64)))
     if int8_fraction(fused) is None:
@@ -221,20 +221,20 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     correct = int((expected == targets).sum())
     allowed = max(1.0, LOSS_LIMIT * len(rows))  # one sentence of a small file is more than half a point
     convolves = ("Conv",) if any(node.op_type == "Conv" for node in graph.graph.node) else ()
+    settings = _settings(convolves, tabulated is not None, trained or {})
+    graphs = [fuse(quantize(tabulated if setting.tabulated and tabulated is not None else graph, setting, calibration),
+                   int8=True) for setting in settings]
+    fp32_milliseconds, *times = _time([fused, *graphs], rows[:100], num_threads)
     candidates = []
-    for setting in _settings(convolves, tabulated is not None, trained or {}):
-        source = tabulated if setting.tabulated and tabulated is not None else graph
-        made = fuse(quantize(source, setting, calibration), int8=True)
+    for setting, made, milliseconds in zip(settings, graphs, times, strict=True):
         found = predictions(made)
-        candidates.append(Candidate(setting, made, int8_fraction(made) or 0.0, int((found == targets).sum()),
-                                    int((found != expected).sum())))
-    times = _time([fused, *(candidate.graph for candidate in candidates)], rows[:100], num_threads)
-    for candidate, milliseconds in zip(candidates, times[1:], strict=True):
-        candidate.milliseconds = milliseconds
+        candidate = Candidate(setting, made, int8_fraction(made) or 0.0, int((found == targets).sum()),
+                              int((found != expected).sum()), milliseconds)
+        candidates.append(candidate)
         logger.info("[int8: %s] %.1f %% of the weights, accuracy %.4f (fp32 %.4f), %d of %d predictions changed "
                     "(%.2f %%), %.3f ms a sentence (fp32 %.3f), %.1f MB", candidate.setting, 100 * candidate.fraction,
                     candidate.correct / len(rows), correct / len(rows), candidate.changed, len(rows),
-                    100 * candidate.changed / len(rows), milliseconds, times[0], candidate.graph.ByteSize() / 1e6)
+                    100 * candidate.changed / len(rows), milliseconds, fp32_milliseconds, made.ByteSize() / 1e6)
     passing = [c for c in candidates if c.fraction >= FRACTION_LIMIT and correct - c.correct <= allowed
                and (int8_mb is None or c.graph.ByteSize() <= int8_mb * 1e6)]
     if not passing:

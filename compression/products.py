@@ -200,8 +200,7 @@ def _kernel(matrix: Tensor, bias: Tensor | None, scales: Tensor,
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = engine  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # int8 tensors of this kind are deprecated; their kernels have no successor
+        with warnings.catch_warnings(action="ignore"):  # such tensors are deprecated, without a successor
             zeros = torch.zeros(len(scales), dtype=torch.int64)
             quantized = torch.quantize_per_channel(matrix, scales.double(), zeros, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(quantized, bias)
