@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -147,44 +147,37 @@ def resolve(args: argparse.Namespace) -> None:
 
 
 class TorchClassifier(TextClassifier):
-    """The model of a checkpoint: answers text by `predict`, as an exported one does.
+    """A checkpoint that train.py wrote: answers text by `predict`, as an exported model does.
+
+    Args:
+        device: None: cuda where there is one, else the CPU.
+        data_dir: where frozen word vectors are looked for first, before the folder of training.
+        int8_mode: how to quantize the model, see compression.quantization; None: it stays in fp32.
+        batch_size: of int8_mode qat_fx, the size of the largest batch to come.
 
     Attributes:
         model: token ids [B, T] and mask [B, T] to logits [B, C]; see model.Classifier.
         checkpoint: the rest of the file's content.
+
+    Raises:
+        InputError: no such file, a damaged one, or one whose word vectors are not there.
     """
 
-    def __init__(self, model: Any, checkpoint: Any, device: Any) -> None:
-        run = checkpoint.run
-        super().__init__(run.labels, make_tokenizer(run.vocabulary, run.encoding))
-        self.model = model
-        self.checkpoint = checkpoint
-        self.device = device
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | None = None, data_dir: str | None = None,
-             int8_mode: str | None = None, batch_size: int = 1) -> Self:
-        """Open a checkpoint that train.py wrote.
-
-        Args:
-            device: None: cuda where there is one, else the CPU.
-            data_dir: where frozen word vectors are looked for first, before the folder of training.
-            int8_mode: how to quantize the model, see compression.quantization; None: it stays in fp32.
-            batch_size: of int8_mode qat_fx, the size of the largest batch to come.
-
-        Raises:
-            InputError: no such file, a damaged one, or one whose word vectors are not there.
-        """
+    def __init__(self, path: str | Path, device: str | None = None, data_dir: str | None = None,
+                 int8_mode: str | None = None, batch_size: int = 1) -> None:
         from cli.devices import choose_device, use_device
         from compression.quantization import quantize
         from model import load_classifier
         from util import load_checkpoint
 
-        checkpoint = load_checkpoint(path)
-        where = choose_device(device)
-        use_device(where)
-        model: Any = load_classifier(checkpoint, [data_dir, checkpoint.run.flags["data_dir"]]).to(where).eval()
-        return cls(quantize(model, int8_mode, checkpoint, batch_size) if int8_mode else model, checkpoint, where)
+        self.checkpoint = load_checkpoint(path)
+        run = self.checkpoint.run
+        super().__init__(run.labels, make_tokenizer(run.vocabulary, run.encoding))
+        self.device = choose_device(device)
+        use_device(self.device)
+        self.model: Any = load_classifier(self.checkpoint, [data_dir, run.flags["data_dir"]]).to(self.device).eval()
+        if int8_mode:
+            self.model = quantize(self.model, int8_mode, self.checkpoint, batch_size)
 
     def logits(self, rows: Sequence[Any]) -> np.ndarray:
         """Logits [B, C] float32 of a batch of token id rows."""
@@ -210,7 +203,7 @@ def load_model(args: argparse.Namespace, config: Config, **changes: Any) -> tupl
 
         if args.num_threads:
             torch.set_num_threads(args.num_threads)
-        classifier = TorchClassifier.load(path, args.device, args.data_dir, args.int8_mode, args.batch_size)
+        classifier = TorchClassifier(path, args.device, args.data_dir, args.int8_mode, args.batch_size)
         run = classifier.checkpoint.run
     if config is not None:
         check_same_config(config, args.config, run.config, path)

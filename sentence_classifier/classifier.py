@@ -156,15 +156,6 @@ class OnnxClassifier(TextClassifier):
         return self.session.run([OUTPUT], {INPUTS[0]: ids, INPUTS[1]: mask})[0]
 
 
-def _readable(path: str) -> str | bytes:
-    """The path, or where it is not text, which is what ONNX Runtime takes, the file's content."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return Path(path).read_bytes()
-    return path
-
-
 def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
     """Open a .onnx file that `evaluate.py --convert_onnx` wrote; 0 threads: ONNX Runtime's choice.
 
@@ -173,8 +164,8 @@ def load(path: str | Path, num_threads: int = 0) -> OnnxClassifier:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; evaluate.py --convert_onnx writes it.")
-    try:
-        session = make_session(_readable(str(path)), num_threads)
+    try:  # ONNX Runtime takes a path that is text; of another file, its content
+        session = make_session(str(path) if str(path).isprintable() else Path(path).read_bytes(), num_threads)
     except Exception as error:  # onnxruntime raises a dozen kinds for a damaged file; all mean the same to the user
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a whole ONNX file that ONNX Runtime can use ({reason}).") from None

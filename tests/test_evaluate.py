@@ -134,7 +134,7 @@ def test_confusion_picture(trained: Place) -> None:
 
 
 def test_a_checkpoint_answers_as_a_library(trained: Place) -> None:
-    classifier = evaluate.TorchClassifier.load(trained.model, "cpu")
+    classifier = evaluate.TorchClassifier(trained.model, "cpu")
     evaluate.main(trained.evaluate_flags())
     expected = [row[2] for row in predictions(trained)]
     assert [answer.label for answer in classifier.predict([sentence for sentence, _ in LINES], 4)] == expected

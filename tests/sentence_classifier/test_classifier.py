@@ -226,7 +226,7 @@ def both(request: pytest.FixtureRequest, encoded_once: Place, tmp_path_factory: 
         write_config(place.config, request.param)
         train.main(place.train_flags("--epoch=1"))
         evaluate.main(onnx_flags(root, "--convert_onnx"))
-    return root, evaluate.TorchClassifier.load(root / "model.pt"), load(root / "model.onnx", num_threads=1)
+    return root, evaluate.TorchClassifier(root / "model.pt"), load(root / "model.onnx", num_threads=1)
 
 
 ODD = st.one_of(st.sampled_from(["", " ", " \u3000 ", "play some jazz", "\u200b", "[CLS]", "<pad>"]),
@@ -266,7 +266,7 @@ def test_an_empty_sentence_is_an_unknown_word(both: Any) -> None:
     (["a", b"x"], "sentence 2 is of type bytes"), ([["a"]], "sentence 1 is of type list"),
     ("\ud83d", "sentence 1: .*surrogates not allowed"), (["a", "b \ud83d"], "sentence 2: .*surrogates not allowed")])
 def test_what_is_no_text_is_refused(words: Place, texts: Any, says: str) -> None:
-    for classifier in (load(words.root / "model.onnx"), evaluate.TorchClassifier.load(words.model)):
+    for classifier in (load(words.root / "model.onnx"), evaluate.TorchClassifier(words.model)):
         with pytest.raises(ValueError, match=f"^{says}"):
             classifier.predict(texts)
 
