@@ -215,11 +215,9 @@ def shard(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) ->
 
 def prefetch(read: Callable[[Sequence[int]], AnyBatch], batches: Iterable[Sequence[int]],
              pin_memory: bool = False) -> Iterator[AnyBatch]:
-    """The batches of the examples at these indices, each assembled while the one before it is computed.
+    """The batches that `read` makes of these indices, each assembled while the one before it is computed.
 
-    Args:
-        read: from indices to a batch, such as EncodedData.batch.
-        pin_memory: for asynchronous copies to a GPU.
+    Pinned memory is for asynchronous copies to a GPU.
     """
     with ThreadPoolExecutor(1) as worker:
         waiting = None

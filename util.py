@@ -159,11 +159,9 @@ def second_name(path: Path, name: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(flag: str, path: str | None) -> Iterator[None]:
-    """Let no other process write to `path` within the block, where the system has file locks.
+    """Let no other process write within the block to the path of this flag, where the system has file locks.
 
-    Args:
-        flag: that named the path.
-        path: a file or folder that may not be there yet; None: nothing to do.
+    It is a file or folder that may not be there yet; None: nothing to do.
 
     Raises:
         InputError: another process is in such a block.
@@ -267,9 +265,7 @@ class EncodingInfo(TokenizerInfo):
     """What made an encoded file; preprocess.py writes it into the file, and a checkpoint holds that of train.txt.
 
     Attributes:
-        labels: the label map.
-        vocab_sha256: of the vocabulary's file.
-        source_sha256: of the text.
+        vocab_sha256, source_sha256: of the vocabulary's file and of the text.
         sentences, skipped: how many lines were encoded, and how many bad ones were passed over.
         dummy_label: what stands in augmented text in the place of labels that it lacks.
         table: of words, the fingerprint of embedding.npy.
@@ -304,7 +300,6 @@ class RunInfo:
         run_id: a name that no other run has.
         identity: a hash of config and data: two runs with the same one may replace each other's files.
         flags: train.py's, as resolved.
-        encoding: of the training data.
         vocabulary: the content of the vocabulary's file.
         embedding: what the embedding needs to be built again.
     """
@@ -371,10 +366,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str], keep: 
 def save_state(run: RunInfo, content: dict[str, Any], path: str | os.PathLike[str], keep: int = 0) -> None:
     """Write plain data and tensors of a run, whole or not at all.
 
-    A file at `path` that another config or other data made (its identity differs) is kept aside first.
-
-    Args:
-        keep: so many earlier files stay as path.1 (the newest), path.2 ...
+    A file at `path` that another config or other data made (its identity differs) is kept aside first. Of others so
+    many as `keep` stay as path.1 (the newest), path.2 ...
 
     Raises:
         InputError: it cannot be written, as on a full disk.

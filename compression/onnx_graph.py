@@ -227,7 +227,12 @@ def run_graph(graph: onnx.ModelProto, batches: Sequence[Sequence[np.ndarray]],
               num_threads: int = 0) -> list[np.ndarray]:
     """Logits [B, C] of each batch of token id rows."""
     session = make_session(graph.SerializeToString(), num_threads)
-    return [session.run([OUTPUT], dict(zip(INPUTS, pad(batch), strict=True)))[0] for batch in batches]
+    return [session.run([OUTPUT], make_inputs(batch))[0] for batch in batches]
+
+
+def make_inputs(batch: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """A graph's inputs for a batch of token id rows."""
+    return dict(zip(INPUTS, pad(batch), strict=True))
 
 
 @contextlib.contextmanager

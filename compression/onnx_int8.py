@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 from onnxscript import ir
 
-from compression.onnx_graph import add_constant, array_of, axis_of, fuse, quiet, replace_node, run_graph
+from compression.onnx_graph import add_constant, array_of, axis_of, fuse, make_inputs, quiet, replace_node, run_graph
 from dataset import EncodedData
-from sentence_classifier.classifier import BUSY_WAIT, INPUTS, OUTPUT, make_session
+from sentence_classifier.classifier import BUSY_WAIT, OUTPUT, make_session
 from sentence_classifier.errors import InputError
 from sentence_classifier.processor import has_vnni
 
@@ -61,11 +61,6 @@ class Setting:
         return f"convolutions tabulated by word, {said}" if self.tabulated else said
 
 
-def _feed(row: np.ndarray) -> dict[str, np.ndarray]:
-    """The graph's inputs for one sentence."""
-    return {INPUTS[0]: np.asarray(row, dtype=np.int64)[None], INPUTS[1]: np.ones((1, len(row)), dtype=bool)}
-
-
 def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray]) -> onnx.ModelProto:
     """A copy of a simplified graph with matrices, convolutions and tables in int8; `rows` of token ids calibrate."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
@@ -78,7 +73,7 @@ def quantize(graph: onnx.ModelProto, setting: Setting, rows: Sequence[np.ndarray
         constant: dict[str, Any] = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"],
                                     "TensorQuantOverrides": setting.trained}
         if setting.calibrated:
-            sentences: Any = SimpleNamespace(get_next=partial(next, map(_feed, rows), None))
+            sentences: Any = SimpleNamespace(get_next=partial(next, (make_inputs([row]) for row in rows), None))
             quantize_static(source, target, sentences, quant_format=QuantFormat.QDQ, extra_options=constant,
                             op_types_to_quantize=list(setting.calibrated), activation_type=QuantType.QUInt8, **common)
             source, target = target, source
@@ -267,7 +262,7 @@ def _time(graphs: Sequence[onnx.ModelProto], rows: Sequence[np.ndarray], num_thr
     threads of the previous session get time to fall asleep, and five sentences warm up.
     """
     sessions = [make_session(graph.SerializeToString(), num_threads) for graph in graphs]
-    feeds = [_feed(row) for row in rows]
+    feeds = [make_inputs([row]) for row in rows]
     seconds: list[list[float]] = [[] for _ in graphs]
     for start in range(0, len(feeds), 20):
         turn = feeds[start : start + 20]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -94,12 +94,13 @@ class FakeProduct(nn.Module):
     bias: Tensor | None
 
     @classmethod
-    def turn(cls, module: nn.Module) -> None:
-        """Turn a product into this form. Its state dict does not hold the ranges."""
-        module.kind = kind_of(module)  # type: ignore[assignment]
+    def turn(cls, module: Any) -> Self:
+        """Turn a product into this form and return it. Its state dict does not hold the ranges."""
+        module.kind = kind_of(module)
         module.__class__ = cls
         for name in ("low", "high"):
             module.register_buffer(name, torch.tensor(float("nan")), persistent=False)
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] (of a convolution [B, inputs, T]) -> [..., outputs] ([B, outputs, T])."""

@@ -70,9 +70,7 @@ class FakeQuantization(Quantization):
     def __init__(self, model: Classifier, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         matrix_weights(model)
         self.int8_mode = "qat_fx" if args.enable_qat_fx else "qat"
-        self.products = products(model)
-        for module in self.products.values():
-            FakeProduct.turn(module)
+        self.products = {name: FakeProduct.turn(module) for name, module in products(model).items()}
         model.register_forward_pre_hook(self._follow_mode)
 
     def _follow_mode(self, model: nn.Module, inputs: Any) -> None:
@@ -82,7 +80,6 @@ class FakeQuantization(Quantization):
     def metadata(self) -> dict[str, Any]:
         scales = {}
         for name, module in self.products.items():
-            assert isinstance(module, FakeProduct)
             if not module.low.isnan():  # else no forward pass uses it
                 scale, zero_point = module.input_grid()
                 scales[name] = {"weight_scale": weight_scale(module).cpu(), "scale": scale.item(),
@@ -90,11 +87,10 @@ class FakeQuantization(Quantization):
         return {"way": self.int8_mode, "scales": scales}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: torch.stack((module.low, module.high)) for name, module in self.products.items()}  # type: ignore
+        return {name: torch.stack((module.low, module.high)) for name, module in self.products.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, module in self.products.items():
-            assert isinstance(module, FakeProduct)
             module.low.copy_(state[name][0])
             module.high.copy_(state[name][1])
 

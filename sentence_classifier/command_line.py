@@ -22,11 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def answer_lines(classifier: TextClassifier, lines: SentenceReader, batch_size: int = 1, limit: int = 0) -> None:
-    """Answer each line on standard output, in UTF-8, with a JSON object: line, sentence, label and probabilities.
+    """Answer each line, or only the first `limit`, on standard output, in UTF-8, with a JSON object.
 
-    Args:
-        batch_size: so many lines are read before they are answered together.
-        limit: only the first so many lines; 0: all.
+    A batch's lines are read before they are answered together.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # as JSON is, whatever the locale has
