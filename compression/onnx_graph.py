@@ -27,6 +27,18 @@ ROWWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Where", "Not", "Cast", "Erf", "Ge
 RESHAPING = ("Reshape", "Squeeze", "Unsqueeze")
 MOVING = (*RESHAPING, "Expand", "Gather", "GatherElements", "Identity", "Slice")  # operators that compute nothing
 
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide what the exporter, the quantizer and others' rewrites log about themselves; also a decorator."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 # -------------------------------------------------------------------------------------------------------- rewrites
 
 
@@ -183,6 +195,7 @@ def _affine(value: ir.Value) -> tuple[ir.Value | None, np.ndarray, np.ndarray] |
 # ---------------------------------------------------------------------------------------------------- whole graphs
 
 
+@quiet()
 def simplify(graph: onnx.ModelProto, n_ctx: int, pack: bool = True) -> onnx.ModelProto:
     """A copy of the exported graph with less to compute, still in fp32, before any quantization.
 
@@ -233,14 +246,3 @@ def run_graph(graph: onnx.ModelProto, batches: Sequence[Sequence[np.ndarray]],
 def make_inputs(batch: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """A graph's inputs for a batch of token id rows."""
     return dict(zip(INPUTS, pad(batch), strict=True))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what the exporter and the quantizer log about themselves."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
