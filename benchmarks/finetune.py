@@ -46,7 +46,9 @@ class Setup:
 
     def classifier(self) -> Classifier:
         """An untrained one."""
-        return make_classifier(load_pretrained(self.name), self.config, EncodedData(self.data))
+        data, transformer = EncodedData(self.data), load_pretrained(self.name)
+        classify_by = classification_token(transformer, data.encoding.leading_special)
+        return build_model(self.config, len(data.labels), TransformerEmbedding(transformer, classify_by))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -80,12 +82,6 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, list[str]]:
     harness.encode(source, data, str(CONFIG), pretrained)
     return source, [f"--config={CONFIG}", f"--data_dir={data}", pretrained, "--lr=1e-4",
                     f"--batch_size={BATCH_SIZE}", *harness.output_flags(folder)]
-
-
-def make_classifier(transformer: Any, config: dict[str, Any], data: EncodedData) -> Classifier:
-    """An untrained classifier of encoded data on a transformer."""
-    classify_by = classification_token(transformer, data.encoding.leading_special)
-    return build_model(config, len(data.labels), TransformerEmbedding(transformer, classify_by))
 
 
 def alone(measure: Callable[..., Any], *args: Any) -> Any:

@@ -223,7 +223,7 @@ def commands(results: Path) -> str:
         return markdown(["command", "word vectors", "exit statuses", "valid, %", "test, %"], rows, found["about"])
 
 
-FIGURES = ("speed", "vectors", "memory", "augment", "finetune", "scale", "zero", "gpu")
+FIGURES = ("speed", "vectors", "memory", "augment", "finetune", "scale", "zero")
 TABLES: dict[str, Callable[[Path], str]] = {
     "overview": overview, "accuracy": accuracy, "accuracy-snips": partial(accuracy_on, "snips"),
     "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,

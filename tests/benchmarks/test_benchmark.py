@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from architectures import make_model
 from conftest import Place
 from helpers import ROOT, refusal, write_config
@@ -131,11 +130,6 @@ def test_every_way_of_int8(raw: Place, configs: None, capsys: pytest.CaptureFixt
     assert all("changed" in got for way, got in ways.items() if way[:2] in ("dy", "QA", "Di") and "ONNX" not in way)
     assert set(found["threads"]) == {"cnn, ONNX", "cnn, ONNX int8"}
     assert sorted(path.name for path in Path("kept").glob("*.pt")) == ["cnn-diffq.pt", "cnn-qat.pt", "cnn.pt"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_where_there_is_none() -> None:
-    assert "a CUDA device, and there is none" in refusal(benchmark.main, "gpu")
 
 
 def test_the_sample_stands_in_for_a_default_data_set_alone(raw: Place, monkeypatch: pytest.MonkeyPatch,

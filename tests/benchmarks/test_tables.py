@@ -15,10 +15,8 @@ from benchmarks import pictures, tables
 from benchmarks.harness import read_results
 from sentence_classifier.errors import InputError
 
-MEASURED = [name for name in tables.TABLES if name != "gpu"]  # no such file is kept
 
-
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_a_table_is_short_and_tells_no_machine(name: str) -> None:
     made = tables.table(name)
     rows = [line for line in made.splitlines() if line.startswith("|")]
@@ -42,8 +40,8 @@ def test_the_overview_takes_what_there_is(tmp_path: Path) -> None:
     rows = [row for row in json.loads((tmp_path / "accuracy.json").read_text())["rows"] if row["model"] == "gnb"]
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
     assert [row[0] for row in tables.overview_rows(tmp_path)] == ["GNB"]
-    with pytest.raises(InputError, match=r"inference\.json: cannot be read"):
-        tables.table("inference", tmp_path)
+    with pytest.raises(InputError, match=r"a\.md, line 1: .*inference\.json: cannot be read"):
+        tables.with_tables(Path("a.md"), "<!-- table inference -->\n<!-- end -->", tmp_path)
 
 
 def test_labels_of_the_picture_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +75,7 @@ def test_documents_are_filled_and_then_left_alone(tmp_path: Path) -> None:
     ("\n<!-- table sped -->\n<!-- end -->", r"a\.md, line 2: there is no table 'sped' \(did you mean 'speed'\?\)"),
     ("<!-- table speed -->\nmore", r"a\.md, line 1: .*no <!-- end -->"),
     ("<!-- end -->", r"a\.md, line 1: .*an end without a start"),
-    ("<!-- table speed -->\n<!-- table memory -->\n<!-- end -->", r"a\.md, line 2: .*no end before the next"),
-    ("<!-- table gpu -->\n<!-- end -->", r"a\.md, line 1: .*gpu\.json: cannot be read")])
+    ("<!-- table speed -->\n<!-- table memory -->\n<!-- end -->", r"a\.md, line 2: .*no end before the next")])
 def test_a_wrong_mark_changes_no_document(tmp_path: Path, text: str, message: str) -> None:
     stale = "<!-- table speed -->\nstale\n<!-- end -->\n"
     (tmp_path / "0.md").write_text(stale)
