@@ -80,9 +80,6 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
                           help=f"of {' '.join(CONFIGS)} (default: {' '.join(words)})")
     accuracy.add_argument("--seeds", nargs="+", type=natural_int,
                           help="seeds to train with (default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
-    accuracy.add_argument("--folds", type=natural_int, default=0,
-                          help="to compare recipes: hold out so many folds of the training file in turn and test on "
-                               "them in the place of test.txt, with the fold's number as the seed (default: 0)")
     accuracy.add_argument("--force", action="store_true", help="run again what is finished")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for the tests
     args = parser.parse_args(argv)

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import kept_model
 from benchmarks.inference import Answer, Case, summarize, time_answers
 from benchmarks.recipes import BY_ONE, TAUGHT, TEACHER
-from benchmarks.runs import kept_model
 from sentence_classifier.errors import InputError
 
 FORMS = ("PyTorch", "ONNX", "ONNX int8")

@@ -16,9 +16,9 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
+from benchmarks.accuracy import encoding_flags
 from benchmarks.harness import SPLITS, encode, figure, interleave, is_trained, launch, medians, run_stage
 from benchmarks.recipes import CONFIGS, RECIPES
-from benchmarks.runs import encoding_flags
 from cli.config import encoded_kind, load_config
 from compression.quantization import quantize
 from dataset import pad

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import HELD_OUT, newest_rows
+from benchmarks.accuracy import newest_rows
 from benchmarks.baselines import BASELINES
 from benchmarks.harness import GLOVE_WORDS, read_results
 from cli.flags import did_you_mean
@@ -165,8 +165,6 @@ def accuracy_on(data_set: str, results: Path) -> str:
 def caption(rows: list[dict[str, Any]]) -> str:
     """What a reader of the accuracy table has to know."""
     said = ["Accuracy on test.txt, mean of the seeds (each in brackets)."]
-    if any(row["data_set"].endswith(HELD_OUT) for row in rows):
-        said.append("Held out: each fold of train.txt in turn, in the place of test.txt.")
     for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"] or 0) for row in rows
                                if "embedding" in row}):
         if words and words < 100_000:

@@ -1,4 +1,4 @@
-"""accuracy.py, runs.py and baselines.py, with tiny models or none."""
+"""accuracy.py and baselines.py, with tiny models or none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import augment_data
 import benchmark
 import fastformers
 import train
-from benchmarks import accuracy, baselines, chain, recipes, runs
+from benchmarks import accuracy, baselines, chain, recipes
 from text.lines import TsvReader
 
 
@@ -66,8 +66,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Stages replaced by a list of what was trained."""
     done: list[tuple[str, int]] = []
 
-    def train_and_test(args: Any, data: Path, name: str, flags: list[str], key: dict[str, Any]) -> dict[str, Any]:
-        seed = key["seed"]
+    def train_and_test(args: Any, data: Path, flags: list[str], key: dict[str, Any]) -> dict[str, Any]:
+        name, seed = key["model"], key["seed"]
         if len(done) == 2 and seed == 3:
             raise KeyboardInterrupt
         done.append((name, seed))
@@ -76,7 +76,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(runs, "train_and_test", train_and_test)
+    monkeypatch.setattr(accuracy, "train_and_test", train_and_test)
     monkeypatch.setattr(accuracy, "encode", encode)
     monkeypatch.setattr(accuracy, "BASELINES", {"TF-IDF + linear SVM": accuracy.BASELINES["TF-IDF + linear SVM"]})
     return done
@@ -170,27 +170,6 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     assert Path("results/chain.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_folds_hold_each_training_sentence_out_once(raw: Place, tmp_path: Path) -> None:
-    whole = (raw.data / "train.txt").read_text().splitlines()
-    tested = []
-    for fold in range(3):
-        folder = accuracy.hold_out(raw.data, tmp_path / str(fold), fold, 3)
-        train, test = ((folder / name).read_text().splitlines() for name in ("train.txt", "test.txt"))
-        assert sorted(train + test) == sorted(whole) and test
-        tested += test
-        assert (folder / "valid.txt").read_bytes() == (raw.data / "valid.txt").read_bytes()
-    assert sorted(tested) == sorted(whole)
-
-
-def test_folds(encoded: Place, configs: None, trained: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch,
-               capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(accuracy, "encoded_facts", lambda folder: {"vectors": 3})
-    run("accuracy", "--data_sets", encoded.data, "--models", "gnb", "--folds", 2)
-    assert trained == [("gnb", 1), ("gnb", 2)]
-    assert "| gnb | 90.15 (90.10, 90.20) |\n" in capsys.readouterr().out
-    assert {row["data_set"] for row in result("accuracy")["rows"]} == {"data, held out"}
-
-
 def test_the_code_hash_is_of_definitions_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(helpers, "ROOT", tmp_path)
 
@@ -221,23 +200,19 @@ def test_recipes_are_whole(tmp_path: Path) -> None:
 
 
 def test_a_kept_run_of_another_recipe_is_moved_aside(tmp_path: Path) -> None:
-    folder = runs.keep_run(tmp_path / "run", "a", force=False)
+    folder = tmp_path / "run"
+    accuracy.keep_run(folder, "a", force=False)
     (folder / "model.pt.state").touch()
     for force in (False, True):
-        runs.keep_run(folder, "a", force)
+        accuracy.keep_run(folder, "a", force)
         assert (folder / "model.pt.state").exists()  # cut off: goes on
-    runs.keep_run(folder, "b", force=False)
+    accuracy.keep_run(folder, "b", force=False)
     assert (tmp_path / "run.previous/model.pt.state").exists() and not (folder / "model.pt.state").exists()
     (folder / "model.pt.train.json").touch()
-    runs.keep_run(folder, "b", force=False)
+    accuracy.keep_run(folder, "b", force=False)
     assert (folder / "model.pt.train.json").exists()
-    runs.keep_run(folder, "b", force=True)
+    accuracy.keep_run(folder, "b", force=True)
     assert (tmp_path / "run.previous.2/model.pt.train.json").exists()
-
-
-def test_one_fold_leaves_nothing_to_train_on(raw: Place) -> None:
-    assert "give 2 or more" in refusal(benchmark.main, "accuracy", "--data_sets", raw.data, "--models", "gnb",
-                                       "--folds", 1)
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)
