@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -19,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cli.flags import DATA_DIR, EMBEDDING_PATH
 from sentence_classifier.errors import InputError
 from util import ROOT, cores, git_revision, versions
 
@@ -48,31 +46,12 @@ class Sizes:
     train_flags: str = ""  # for the models of the accuracy table
     settings: int = 1000  # at most, that a baseline tries
     layers: int = 12  # of the BERT for zero
-    sentences: int | None = None  # that are answered one at a time; None: the test file's
+    sentences: int = 0  # that are answered one at a time; 0: the test file's
 
 
 SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
               lines=(300, 1500), more_lines=(300, 900), subword_lines=200, epochs=1, vocabulary=100,
               train_flags="--epoch=1 --max_train_steps=3", settings=2, layers=1, sentences=12)
-
-
-def find_data(args: argparse.Namespace) -> Path:
-    """The data set to measure with; the sample stands in for the default one where that is not here."""
-    source = Path(args.data_dir)
-    if (source / SPLITS[0]).is_file():
-        return source
-    if args.data_dir != DATA_DIR:
-        raise InputError(f"{source / SPLITS[0]}: no such file.")
-    logger.warning("[%s is not here: measured on data/sample]", source.name)
-    return ROOT / "data/sample"
-
-
-def find_vectors(args: argparse.Namespace) -> str:
-    """The word vectors to measure with; none where the default ones are not here."""
-    if args.embedding_path == EMBEDDING_PATH and not Path(EMBEDDING_PATH).is_file():
-        logger.warning("[%s is not here: no pretrained vectors]", EMBEDDING_PATH)
-        return "none"
-    return args.embedding_path
 
 
 def copy_splits(source: Path, folder: Path) -> None:

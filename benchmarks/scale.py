@@ -17,9 +17,10 @@ BATCH_SIZE = 128  # of all processes together
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Ratios of two processes to one, and preprocess.py's memory at two sizes of its text."""
-    sizes, bert = args.sizes, Path(args.bert_model_name_or_path)
-    source, vectors = harness.find_data(args), harness.find_vectors(args)
-    kinds = {"word vectors": (sizes.more_lines[0], [f"--config={args.config}", f"--embedding_path={vectors}"])}
+    sizes, source, bert = args.sizes, Path(args.data_dir), Path(args.bert_model_name_or_path)
+    vectors = f"--embedding_path={args.embedding_path}"
+    harness.encode(source, folder / "data", args.config, vectors)  # which reads the vectors' text
+    kinds = {"word vectors": (sizes.more_lines[0], [f"--config={args.config}", vectors])}
     if bert.is_dir():
         kinds["transformer"] = (sizes.subword_lines, [f"--config={ROOT / 'configs/config-bert-cls.json'}",
                                                      f"--bert_model_name_or_path={bert}"])
@@ -28,9 +29,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         data = memory.generate_data(folder, lines, sizes.vocabulary)
         sides = {str(workers): partial(preprocessing_rate, lines, f"--data_dir={data}", f"--num_workers={workers}",
                                        *flags) for workers in (1, 2)}
-        prepared[kind] = harness.interleave(sides, sizes.rounds, warm_up=vectors != "none")  # it reads their text
+        prepared[kind] = harness.interleave(sides, sizes.rounds)
         shutil.rmtree(data)
-    harness.encode(source, folder / "data", args.config, f"--embedding_path={vectors}")
     names = one, two = ("1 process of 2 threads", "2 processes of 1 thread")
     trained = harness.interleave({side: partial(training_rate, args, folder, processes)
                                   for processes, side in enumerate(names, 1)}, sizes.rounds)

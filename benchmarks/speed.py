@@ -28,15 +28,14 @@ from util import set_seed
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second by precision, padding and size of the table."""
     sizes: harness.Sizes = args.sizes
-    source, vectors = harness.find_data(args), harness.find_vectors(args)
-    harness.encode(source, folder / "data", args.config, f"--embedding_path={vectors}")
+    source = Path(args.data_dir)
+    harness.encode(source, folder / "data", args.config, f"--embedding_path={args.embedding_path}")
     # One step of train.py resolves the flags and the config's recipe.
     harness.run_stage("train.py", f"--config={args.config}", f"--data_dir={folder / 'data'}", "--embedding_trainable",
                       "--max_train_steps=1", *harness.output_flags(folder))
     resolved = json.loads((folder / "model.pt.train.json").read_text())
     flags, config = resolved["flags"], resolved["config"]
-    device = choose_device(flags["device"])
-    precision = choose_precision("auto", device)
+    precision = choose_precision("auto", choose_device(flags["device"]))
     data = EncodedData(folder / "data/train.txt.ids")
     seen, n_ctx = data.encoding.seen_rows, config["n_ctx"]
     notes = [f"data set {source.name}: {len(data):,} sentences of {data.lengths.mean():.1f} words, n_ctx {n_ctx}, "
@@ -66,7 +65,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     one, two = harness.medians(tables).values()
     figures.append(harness.figure(f"training, table of {large:,} words : of {small:,}", one / two,
                                   f"{one:,.0f} : {two:,.0f} sentences a second"))
-    return {"notes": notes, "figures": figures, "device": device.type, "sentences_a_second": rates | tables}
+    return {"notes": notes, "figures": figures, "sentences_a_second": rates | tables}
 
 
 def training_rate(make_model: Callable[[], Classifier], flags: dict[str, Any], path: Path, precision: str, pad_to: int,

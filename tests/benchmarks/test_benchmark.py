@@ -107,8 +107,6 @@ def test_inference(raw: Place, configs: None, capsys: pytest.CaptureFixture[str]
                                                             "ONNX int8"}
     assert all(point["median_ms"] > 0 and 0 <= point["accuracy"] <= 1 for point in found["points"])
     assert set(found["cold_seconds"]["cnn"]) == {"PyTorch", "ONNX", "ONNX int8"}
-    assert [row["measured"].rpartition(" : ")[2] for row in found["figures"]] == ["PyTorch", "PyTorch dynamic int8",
-                                                                                   "ONNX", "ONNX int8"]
     assert "\n| ONNX, cold start | 0." in capsys.readouterr().out
     assert Path("results/inference.png").read_bytes().startswith(b"\x89PNG")
     if again:
@@ -132,17 +130,10 @@ def test_every_way_of_int8(raw: Place, configs: None, capsys: pytest.CaptureFixt
     assert sorted(path.name for path in Path("kept").glob("*.pt")) == ["cnn-diffq.pt", "cnn-qat.pt", "cnn.pt"]
 
 
-def test_the_sample_stands_in_for_a_default_data_set_alone(raw: Place, monkeypatch: pytest.MonkeyPatch,
-                                                           caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.chdir(raw.root)
-    args = benchmark.get_params([])
-    assert harness.find_data(args) == ROOT / "data/sample" and harness.find_vectors(args) == "none"
-    assert "snips is not here" in caplog.text and "no pretrained vectors" in caplog.text
-    for verb in ("speed", "augment"):
-        assert "data/nowhere/train.txt: no such file" in refusal(benchmark.main, verb, "--data_dir=data/nowhere")
-    assert harness.find_vectors(benchmark.get_params(["--embedding_path=nothing.txt"])) == "nothing.txt"
-    args = benchmark.get_params([f"--data_dir={raw.data}", f"--embedding_path={raw.vectors}"])
-    assert harness.find_data(args) == raw.data and harness.find_vectors(args) == str(raw.vectors)
+def test_no_data_is_no_measurement(raw: Place) -> None:
+    for verb in ("speed", "scale", "finetune", "inference"):
+        assert ("data/nowhere/train.txt: no such file; fetch data sets with python etc/download_datasets.py"
+                in refusal(benchmark.main, verb, "--data_dir=data/nowhere"))
 
 
 def test_vectors_and_memory(raw: Place, capsys: pytest.CaptureFixture[str]) -> None:
