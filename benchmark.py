@@ -49,7 +49,7 @@ VERBS = (*USUAL, *BY_NAME, "table")
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, __file__)
     parser.add_argument("verbs", nargs="*", default=list(USUAL), metavar="VERB",
                         help=f"{', '.join(VERBS)} (default: {' '.join(USUAL)})")
     files = parser.add_argument_group("files")
@@ -87,8 +87,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
         if verb not in VERBS:
             parser.error(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
     args.sizes = SMALL if args.small else Sizes()
-    words = ["benchmark.py", *(sys.argv[1:] if argv is None else argv)]
-    args.command = " ".join(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", word) for word in words)  # no paths of this machine
+    args.command = re.sub(r"([ =])/(?:[^/ ]*/)*", r"\1", args.command)  # no paths of this machine
     return args
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import kept_model
 from benchmarks.inference import Answer, Case, time_answers
-from benchmarks.recipes import BY_ONE, TAUGHT, TEACHER
+from benchmarks.recipes import TAUGHT, TEACHER
 from sentence_classifier.errors import InputError
 
 
@@ -16,11 +17,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model of --checkpoints that was trained on --data_dir: the teacher first, then its students."""
     data_set = Path(args.data_dir).name
     models = {TEACHER: kept_model(args.checkpoints, data_set, TEACHER)}
-    for name in (name for name, by in TAUGHT.items() if by == BY_ONE):  # the others have more teachers
-        try:
+    for name in (name for name, teaching in TAUGHT.items() if len(teaching.teachers) == 1):
+        with contextlib.suppress(InputError):  # not trained: not measured
             models[name] = kept_model(args.checkpoints, data_set, name)
-        except InputError:
-            continue  # not trained: not measured
     sides: dict[tuple[str, str], Answer] = {}
     megabytes: dict[tuple[str, str], float] = {}
     for name, model in models.items():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import transformers
 
 from benchmarks import harness
-from benchmarks.speed import training_rate
+from benchmarks.speed import Setup, prepare
 from cli.devices import choose_device
 from dataset import EncodedData
 from model import Classifier, TransformerEmbedding, build_model
@@ -30,40 +28,20 @@ CONFIG = ROOT / "configs/config-bert-cls.json"
 BATCH_SIZE = 64
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What is fine-tuned: flags and config as train.py resolved them, encoded data."""
-
-    flags: dict[str, Any]
-    config: dict[str, Any]
-    data: Path
-    sizes: harness.Sizes
-
-    def classifier(self) -> Classifier:
-        """An untrained one."""
-        data, transformer = EncodedData(self.data), load_pretrained(self.flags["bert_model_name_or_path"])
-        classify_by = classification_token(transformer, data.encoding.leading_special)
-        return build_model(self.config, len(data.labels), TransformerEmbedding(transformer, classify_by))
-
-
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second of --bert_model_name_or_path on --data_dir, and the memory that it takes."""
     sizes: harness.Sizes = args.sizes
-    source, pretrained = Path(args.data_dir), f"--bert_model_name_or_path={args.bert_model_name_or_path}"
-    harness.encode(source, folder / "data", str(CONFIG), pretrained)
-    _, peak, _ = harness.launch(str(ROOT / "train.py"), f"--config={CONFIG}", f"--data_dir={folder / 'data'}",
-                                pretrained, "--lr=1e-4", f"--batch_size={BATCH_SIZE}", *harness.output_flags(folder),
-                                f"--max_train_steps={sizes.warm_up_steps + sizes.padded_steps}")
-    trained = json.loads((folder / "model.pt.train.json").read_text())
-    data = EncodedData(folder / "data/train.txt.fs")
-    setup = Setup(trained["flags"], trained["config"], data.path, sizes)
-    precision = setup.flags["precision"]
+    pretrained = f"--bert_model_name_or_path={args.bert_model_name_or_path}"
+    setup, peak = prepare(args, folder, str(CONFIG), pretrained, pretrained, "--lr=1e-4", f"--batch_size={BATCH_SIZE}",
+                          f"--max_train_steps={sizes.warm_up_steps + sizes.padded_steps}")
+    data, precision = EncodedData(setup.data), setup.flags["precision"]
     base, ours, theirs = "fp32, padded to n_ctx", f"{precision}, bucketed", f"transformers' Trainer, {precision}"
     rates = harness.interleave({base: partial(alone, plain_rate, setup), ours: partial(alone, our_rate, setup),
                                 theirs: partial(alone, trainer_rate, setup, folder)}, sizes.rounds)
     middle = harness.medians(rates)
-    notes = [f"{Path(args.bert_model_name_or_path).name}, {CONFIG.name}, data set {source.name}: {len(data):,} "
-             f"sentences of {data.lengths.mean():.1f} tokens, n_ctx {setup.config['n_ctx']}, batches of {BATCH_SIZE}"]
+    notes = [f"{Path(args.bert_model_name_or_path).name}, {CONFIG.name}, data set {Path(args.data_dir).name}: "
+             f"{len(data):,} sentences of {data.lengths.mean():.1f} tokens, n_ctx {setup.config['n_ctx']}, batches of "
+             f"{BATCH_SIZE}"]
     return {"notes": notes, "sentences_a_second": rates, "peak_mb": peak, "figures": [
         harness.rate_figure("fine-tuning, ", middle, ours, base),
         harness.rate_figure("fine-tuning, ", middle, ours, theirs),
@@ -76,21 +54,28 @@ def alone(measure: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(measure, *args).result()
 
 
+def classifier(setup: Setup) -> Classifier:
+    """An untrained one."""
+    data, transformer = EncodedData(setup.data), load_pretrained(setup.flags["bert_model_name_or_path"])
+    classify_by = classification_token(transformer, data.encoding.leading_special)
+    return build_model(setup.config, len(data.labels), TransformerEmbedding(transformer, classify_by))
+
+
 def our_rate(setup: Setup) -> float:
     """Sentences a second as train.py trains."""
     keep_freed_memory()
 
     def make_model() -> Classifier:
-        model, device = setup.classifier(), choose_device(setup.flags["device"])
+        model, device = classifier(setup), choose_device(setup.flags["device"])
         speed_up_training(model.embedding.transformer, device, EncodedData(setup.data).token_ids)
         return model
 
-    return training_rate(make_model, setup.flags, setup.data, setup.flags["precision"], 0, setup.sizes)
+    return setup.rate(make_model, setup.flags["precision"])
 
 
 def plain_rate(setup: Setup) -> float:
     """Sentences a second in fp32, padded to n_ctx, with torch's own dropout and the C library's own use of memory."""
-    return training_rate(setup.classifier, setup.flags, setup.data, "no", setup.config["n_ctx"], setup.sizes)
+    return setup.rate(partial(classifier, setup), "no", padded=True)
 
 
 def trainer_rate(setup: Setup, folder: Path) -> float:

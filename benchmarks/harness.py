@@ -68,9 +68,7 @@ def copy_splits(source: Path, folder: Path) -> None:
 
 def run_stage(script: str, *flags: str) -> None:
     """Run one of the stages in a process of its own. Its log and progress bar show; its report does not."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
+    launch(str(ROOT / script), *flags)
 
 
 def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
@@ -112,7 +110,8 @@ def launch(*command: str, threads: int | None = None) -> tuple[float, float, str
     done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), **chosen})
     if done.returncode:
-        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
+        script = next((Path(word).name for word in command if word.endswith(".py")), "a measured process")
+        raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
     result = json.loads(done.stdout)
     unit = 1 if sys.platform == "darwin" else 1024
     return result["seconds"], result["peak"] * unit / 1e6, result["output"]

@@ -22,8 +22,7 @@ RECIPES: dict[tuple[str, str], tuple[str, list[int]]] = {
     (data_set, model): (recipe["flags"], recipe["seeds"])
     for model, entry in _READ["models"].items() for data_set, recipe in entry["recipes"].items()}
 TEACHER: str = _READ["teacher"]
-BY_ONE, BY_THREE = (Teaching(**_READ["teachings"][name]) for name in ("one", "three"))
-TAUGHT = {model: BY_THREE if entry["taught_by"] == "three" else BY_ONE
+TAUGHT = {model: Teaching(**_READ["teachings"][entry["taught_by"]])
           for model, entry in _READ["models"].items() if "taught_by" in entry}
 ENCODING_FLAGS: dict[str, str] = _READ["encoding_flags"]  # preprocess.py's flags by data set, over the config
 INFERENCE_MODELS: list[str] = _READ["inference_models"]  # whose answers benchmark.py times

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -39,18 +40,7 @@ from sentence_classifier.errors import InputError, fail_cleanly
 BASE_URL = "https://raw.githubusercontent.com/dsindex/iclassifier/HEAD/data"
 
 # SHA-256 of the files of each data set that comes as plain text.
-PLAIN = {
-    "snips": {
-        "train.txt": "b88219c9d1de39c43902a929fc40156bd5226bbe3917c8ef27741f81adb337a7",
-        "valid.txt": "57485f76ed00717ff6bfb775ac30128e8b285d21eed3125ce5f681bf42148e4a",
-        "test.txt": "f89d9eda3074066f22e52a665b001af48c1840bd8fb544e49b8a2c68fab581b2",
-    },
-    "sst2": {
-        "train.txt": "10a92a297ec38e262386e5a2713b4bc70e5d18ced88b7f54bd171a26e5b34ab5",
-        "valid.txt": "9a6c7403b71a9b762158387afe4431253ae10cdfb2319b5275289f3766f48291",
-        "test.txt": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
-    },
-}
+PLAIN: dict[str, dict[str, str]] = json.loads((ROOT / "etc" / "data_sets.json").read_text(encoding="utf-8"))
 
 AMAZON = "amazon_us_reviews"
 STARS = {"5": "positive", "1": "negative"}

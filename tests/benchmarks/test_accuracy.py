@@ -18,7 +18,7 @@ import augment_data
 import benchmark
 import fastformers
 import train
-from benchmarks import accuracy, baselines, chain, recipes
+from benchmarks import accuracy, baselines, recipes
 from text.lines import TsvReader
 
 
@@ -137,7 +137,7 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     make_model("BERT", bert, [example.sentence for example in TsvReader(source / "train.txt")])
     monkeypatch.setitem(recipes.CONFIGS, "cnn-taught", recipes.CONFIGS["cnn"])
     flags = "--n_iter=2 --analyzer=hanta"
-    monkeypatch.setattr(chain, "BY_ONE", one := recipes.Teaching([(recipes.TEACHER, 1)], flags))
+    one = recipes.Teaching([(recipes.TEACHER, 1)], flags)
     two = recipes.Teaching([(recipes.TEACHER, 1), ("minilm-cnn", 1)], flags)
     for model in recipes.TAUGHT:
         monkeypatch.setitem(recipes.TAUGHT, model, two if model == "minilm-cls-taught" else one)
