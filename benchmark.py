@@ -25,7 +25,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import SMALL, Sizes, provenance, read_results
+from benchmarks.harness import Sizes, provenance
 from benchmarks.recipes import CONFIGS, INFERENCE_MODELS, TAUGHT
 from cli.flags import (
     EMBEDDING_PATH,
@@ -81,32 +81,28 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     accuracy.add_argument("--seeds", nargs="+", type=natural_int,
                           help="seeds to train with (default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
     accuracy.add_argument("--force", action="store_true", help="run again what is finished")
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for the tests
     args = parser.parse_args(argv)
     for verb in args.verbs:
         if verb not in VERBS:
             parser.error(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
-    args.sizes = SMALL if args.small else Sizes()
+    args.sizes = Sizes()
     args.command = re.sub(r"([ =])/(?:[^/ ]*/)*", r"\1", args.command)  # no paths of this machine
     return args
 
 
 def show(results: Path, verbs: tuple[str, ...]) -> None:
     """Print the tables of what `results` holds of `verbs`, and draw the pictures."""
-    from benchmarks import accuracy, pictures, tables
+    from benchmarks import pictures, tables
 
-    found = {verb: path for verb in verbs if (path := results / f"{verb}.json").exists()}
+    found = [verb for verb in verbs if (results / f"{verb}.json").exists()]
     if not found:
         raise InputError(f"{results}: holds no results yet; run python benchmark.py first.")
-    for verb, path in found.items():
+    for verb in found:
         print(tables.table(verb, results))
-        if verb == "accuracy":
-            pictures.draw_accuracy(accuracy.newest_rows(path), path.with_suffix(".png"))
-        elif verb in ("chain", "inference"):
-            with read_results(path) as result:
-                pictures.draw_answers(result["points"], path.with_suffix(".png"))
-    if len(verbs) > 1 and "accuracy" in found:
-        pictures.draw_overview(results, results / "overview.png")
+        if verb in pictures.PICTURES:
+            pictures.PICTURES[verb](results)
+    if {"accuracy", "inference", "int8"} <= set(found):
+        pictures.draw_overview(results)
     if len(verbs) > 1 and results.resolve() == tables.RESULTS:
         for document in tables.update_documents([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], results):
             print(f"{document.relative_to(ROOT)}: its tables were not current, and are now.", file=sys.stderr)

@@ -21,17 +21,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from benchmarks import harness
 from benchmarks.baselines import BASELINES, tune
-from benchmarks.harness import (
-    SPLITS,
-    copy_splits,
-    encode,
-    is_trained,
-    output_flags,
-    provenance,
-    read_results,
-    run_stage,
-)
 from benchmarks.recipes import CONFIGS, DATA_SETS, ENCODING_FLAGS, RECIPES, TAUGHT, TEACHER
 from cli.config import encoded_kind, load_config
 from dataset import EncodedData
@@ -53,8 +44,8 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
 def measure_data_set(args: argparse.Namespace, source: Path, data: Path) -> None:
     """Train and test every model and baseline on one data set, encoded in the folder `data`."""
-    copy_splits(source, data)
-    name, texts = source.name, [sha256(data / split) for split in SPLITS]
+    harness.copy_splits(source, data)
+    name, texts = source.name, [sha256(data / split) for split in harness.SPLITS]
 
     def key(model: str, seed: int, *recipe: Any) -> dict[str, Any]:
         return {"data_set": name, "model": model, "seed": seed, "recipe": digest(json.dumps(recipe))}
@@ -67,7 +58,7 @@ def measure_data_set(args: argparse.Namespace, source: Path, data: Path) -> None
         recipe, seeds = RECIPES.get((name, model), ("", [1]))
         flags = [*recipe.split(), *args.sizes.train_flags.split()]
         encoding = encoding_flags(args, name, model)
-        encode(source, data, CONFIGS[model], *encoding)
+        harness.encode(source, data, CONFIGS[model], *encoding)
         if encoded_kind(config) == WORDS:
             facts = encoded_facts(data)
             embedding = {"file": Path(args.embedding_path).name, "words": facts["vectors"]}
@@ -98,14 +89,14 @@ def finish(args: argparse.Namespace, about: dict[str, Any], run: Callable[[], di
         logger.info("[%s: finished before]", name)
         return
     logger.info("[%s: begins]", name)
-    row = {**about, **provenance(args.command), **run()}
+    row = {**about, **harness.provenance(args.command), **run()}
     write_json({"rows": [*(old for old in read_rows(path) if same_run(old) != same_run(row)), row]}, path)
     logger.info("[%s: %.4f on test, %.4f on valid]", name, row["accuracy"], row["valid_accuracy"])
 
 
 def encoded_facts(data: Path) -> dict[str, Any]:
     """What was encoded: checksums of the texts, the vocabulary and the vectors, and how many vectors the file has."""
-    splits = [EncodedData(data / f"{name}.ids").encoding for name in SPLITS]
+    splits = [EncodedData(data / f"{name}.ids").encoding for name in harness.SPLITS]
     vocabulary = (data / "vocab.txt").read_bytes().count(b"\n")
     return {"texts": [split.source_sha256 for split in splits], "vocabulary": splits[0].vocab_sha256,
             "table": splits[0].table, "vectors": vocabulary - splits[0].own_rows}
@@ -120,7 +111,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows, the newest last."""
     if not path.exists():
         return []
-    with read_results(path) as result:
+    with harness.read_results(path) as result:
         return result["rows"]
 
 
@@ -128,7 +119,7 @@ def newest_rows(path: Path) -> list[dict[str, Any]]:
     """accuracy.json's rows of the newest recipe of each model on each data set, in the table's order."""
     order = [*CONFIGS, *BASELINES, *DATA_SETS]
     place = {name: number for number, name in enumerate(order)}
-    with read_results(path) as result:
+    with harness.read_results(path) as result:
         newest = {(row["model"], row["data_set"]): row["recipe"] for row in result["rows"]}
         rows = [row for row in result["rows"] if row["recipe"] == newest[row["model"], row["data_set"]]]
         return sorted(rows, key=lambda row: (*(place.get(row[key], len(order)) for key in ("model", "data_set")),
@@ -149,18 +140,19 @@ def train_and_test(args: argparse.Namespace, data: Path, flags: list[str], key: 
     begun = any(folder.glob("model.pt*"))
     model = folder / "model.pt"
     common = (f"--config={CONFIGS[key['model']]}", f"--data_dir={data}")
-    more = [f"--seed={key['seed']}", *output_flags(folder)]
+    more = [f"--seed={key['seed']}", *harness.output_flags(folder)]
     if "--do_prune" in flags:
         more += [f"--save_path_pruned={model}", f"--bert_output_dir_pruned={model.with_name('bert')}"]
     if not any(flag.startswith("--mpl_data_path") for flag in flags):
         more.append("--resume")
     start = time.perf_counter()
-    run_stage("fastformers.py" if {"--do_distill", "--do_prune"} & set(flags) else "train.py", *common, *flags, *more)
+    script = "fastformers.py" if {"--do_distill", "--do_prune"} & set(flags) else "train.py"
+    harness.run_stage(script, *common, *flags, *more)
     seconds = time.perf_counter() - start
     trained = json.loads(Path(f"{model}.train.json").read_text())
     tested = []
     for raw_text in ([], ["--enable_inference"]):
-        run_stage("evaluate.py", *common, f"--model_path={model}", *raw_text)
+        harness.run_stage("evaluate.py", *common, f"--model_path={model}", *raw_text)
         tested.append(json.loads(Path(f"{model}.test.json").read_text()))
     if not args.checkpoints:
         shutil.rmtree(folder)
@@ -180,7 +172,7 @@ def keep_run(folder: Path, recipe: str, force: bool) -> None:
     """
     path = folder / "key.json"
     if folder.exists() and (not path.exists() or json.loads(path.read_text())["recipe"] != recipe
-                            or (force and is_trained(folder / "model.pt"))):
+                            or (force and harness.is_trained(folder / "model.pt"))):
         aside = next(name for name in previous_names(folder) if not name.exists())
         folder.rename(aside)
         logger.info("[%s: of another recipe, or to be run again; it is now %s]", folder, aside)
@@ -197,7 +189,7 @@ def kept_model(checkpoints: Path | None, data_set: str, model: str, seed: int = 
     """The model of a seed (0: of the first one) that stands in --checkpoints."""
     seed = seed or RECIPES.get((data_set, model), ("", [1]))[1][0]
     path = run_folder(checkpoints or Path(), data_set, model, seed) / "model.pt"
-    if not checkpoints or not is_trained(path):
+    if not checkpoints or not harness.is_trained(path):
         raise InputError(f"{model} on {data_set}, seed {seed}, is needed and not in --checkpoints; run benchmark.py "
                          f"accuracy --data_sets {data_set} --models {model} --seeds {seed} --checkpoints=FOLDER first, "
                          "and name its folder.")
@@ -227,7 +219,7 @@ def find_teachers(args: argparse.Namespace, source: Path, data: Path, model: str
             facts["augmented"] = sha256(text)
             for file in (text, *text.parent.glob("logits-*.json")):
                 shutil.copyfile(file, data / file.name)
-            run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}",
+            harness.run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}",
                       *encoding_flags(args, source.name, model), "--augmented", f"--augmented_filename={text.name}")
     return [flag.format_map(places) for flag in flags], facts
 
@@ -236,21 +228,21 @@ def augmented_text(args: argparse.Namespace, source: Path, model: str) -> Path:
     """The training text augmented for a student, with its teachers' mean logits; made once for each set of teachers."""
     teaching, name = TAUGHT[model], source.name
     teachers = [kept_model(args.checkpoints, name, teacher, seed) for teacher, seed in teaching.teachers]
-    decisive = [sha256(source / SPLITS[0]), *map(sha256, teachers), teaching.augment_flags]
+    decisive = [sha256(source / harness.SPLITS[0]), *map(sha256, teachers), teaching.augment_flags]
     folder = args.checkpoints / f"{name}-augmented-{digest(str(decisive))}"
     path = folder / "augmented.txt"
     if path.exists():
         return path
     where, encoding = f"--data_dir={folder}", encoding_flags(args, name, TEACHER)
-    encode(source, folder, CONFIGS[TEACHER], *encoding)
-    run_stage("augment_data.py", f"--input={folder / SPLITS[0]}", f"--output={folder / 'augmented.raw'}", "--lower",
-              "--parallel", *teaching.augment_flags.split())
-    run_stage("preprocess.py", f"--config={CONFIGS[TEACHER]}", where, *encoding, "--augmented")
+    harness.encode(source, folder, CONFIGS[TEACHER], *encoding)
+    harness.run_stage("augment_data.py", f"--input={folder / harness.SPLITS[0]}",
+                      f"--output={folder / 'augmented.raw'}", "--lower", "--parallel", *teaching.augment_flags.split())
+    harness.run_stage("preprocess.py", f"--config={CONFIGS[TEACHER]}", where, *encoding, "--augmented")
     exported = [str(folder / f"teacher-{number}.onnx") for number, _ in enumerate(teachers, 1)]
     for teacher, onnx in zip(teachers, exported, strict=True):
-        run_stage("evaluate.py", where, f"--model_path={teacher}", "--convert_onnx", f"--onnx_path={onnx}")
+        harness.run_stage("evaluate.py", where, f"--model_path={teacher}", "--convert_onnx", f"--onnx_path={onnx}")
     more = ["--more_teachers", *exported[1:]] if len(exported) > 1 else []
-    run_stage("evaluate.py", where, "--enable_ort", f"--onnx_path={exported[0]}", *more, "--augmented",
+    harness.run_stage("evaluate.py", where, "--enable_ort", f"--onnx_path={exported[0]}", *more, "--augmented",
               "--batch_size=128")
     os.replace(folder / "augmented.raw.pred", path)
     return path

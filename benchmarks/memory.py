@@ -14,9 +14,9 @@ from benchmarks.harness import SPLITS, figure, launch
 from util import ROOT
 
 
-def measure(args: argparse.Namespace, folder: Path, sizes: tuple[int, int] | None = None) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Peak memory and lines a second of preprocess.py, in one process, at two sizes of the training text."""
-    small, large = sizes or args.sizes.lines
+    small, large = args.sizes.lines
     peaks, rates = [], []
     for lines in (small, large):
         data = generate_data(folder, lines, args.sizes.vocabulary)

@@ -1,4 +1,4 @@
-"""What more processes gain in preprocess.py and in training, and the memory of ten million lines."""
+"""What more processes gain in preprocess.py and in training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BATCH_SIZE = 128  # of all processes together
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Ratios of two processes to one, and preprocess.py's memory at two sizes of its text."""
+    """Ratios of two processes to one."""
     sizes, source, bert = args.sizes, Path(args.data_dir), Path(args.bert_model_name_or_path)
     vectors = f"--embedding_path={args.embedding_path}"
     harness.encode(source, folder / "data", args.config, vectors)  # which reads the vectors' text
-    kinds = {"word vectors": (sizes.more_lines[0], [f"--config={args.config}", vectors])}
+    kinds = {"word vectors": (sizes.lines[0], [f"--config={args.config}", vectors])}
     if bert.is_dir():
         kinds["transformer"] = (sizes.subword_lines, [f"--config={ROOT / 'configs/config-bert-cls.json'}",
                                                      f"--bert_model_name_or_path={bert}"])
@@ -34,14 +34,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = one, two = ("1 process of 2 threads", "2 processes of 1 thread")
     trained = harness.interleave({side: partial(training_rate, args, folder, processes)
                                   for processes, side in enumerate(names, 1)}, sizes.rounds)
-    corpus = memory.measure(args, folder, sizes.more_lines)
     figures = [harness.rate_figure(f"preprocess.py, {kind}, --num_workers ", harness.medians(rates), "2", "1")
                for kind, rates in prepared.items()]
     figures.append(harness.rate_figure("train.py, ", harness.medians(trained), two, one))
-    notes = [f"preprocess.py: {sizes.more_lines[0]:,} generated lines for word vectors, {sizes.subword_lines:,} for "
+    notes = [f"preprocess.py: {sizes.lines[0]:,} generated lines for word vectors, {sizes.subword_lines:,} for "
              f"{bert.name}", f"training: {Path(args.config).name} on {source.name}, {BATCH_SIZE} a step, "
-             f"{sizes.epochs} epochs with their evaluation", *corpus["notes"]]
-    return {**corpus, "notes": notes, "figures": figures + corpus["figures"], "preprocess_lines_a_second": prepared,
+             f"{sizes.epochs} epochs with their evaluation"]
+    return {"notes": notes, "figures": figures, "preprocess_lines_a_second": prepared,
             "train_sentences_a_second": trained}
 
 

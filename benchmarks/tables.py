@@ -24,7 +24,7 @@ from sentence_classifier.errors import InputError
 from util import ROOT, atomic_write
 
 RESULTS = ROOT / "results"
-START, END = re.compile(r"<!-- table (\S+) -->"), "<!-- end -->"
+MARK = re.compile(r"<!-- (?:table (\S+)|end) -->")
 FORMS = ("ONNX int8", "ONNX")  # that the overview shows
 TAUGHT_BY = ", taught by MiniLM"
 # The overview's rows: what is shown, the model of the accuracy table, and the network (a taught one is as fast).
@@ -35,11 +35,7 @@ OVERVIEW = [("GNB", "gnb", "gnb"), ("CNN", "cnn", "cnn"), (f"CNN{TAUGHT_BY}", "c
 
 
 def table(name: str, results: Path = RESULTS) -> str:
-    """One of TABLES in Markdown, with a line on what was measured.
-
-    Raises:
-        InputError: there is no such table, or its results are missing.
-    """
+    """One of TABLES in Markdown, with a line on what was measured; an InputError says that it is not there."""
     if name not in TABLES:
         raise InputError(f"there is no table {name!r}{did_you_mean(name, TABLES)}; there are {', '.join(TABLES)}.")
     return TABLES[name](results)
@@ -57,30 +53,26 @@ def update_documents(paths: Iterable[Path], results: Path = RESULTS) -> list[Pat
 
 
 def with_tables(path: Path, text: str, results: Path = RESULTS) -> str:
-    """A document's text with its tables as `results` has them.
-
-    Raises:
-        InputError: a mark names no table, or has no end.
-    """
+    """A document's text with its tables as `results` has them; an InputError names a line with a wrong mark."""
     lines: list[str] = []
-    opened = 0
-    for number, line in enumerate(text.split("\n"), 1):
-        start = START.fullmatch(line.strip())
-        if (start and opened) or (line.strip() == END and not opened):
-            raise InputError(f"{path}, line {number}: each <!-- table NAME --> needs one {END} after it, and here is "
-                             f"{'no end before the next' if start else 'an end without a start'}.")
-        if line.strip() == END:
-            opened = 0
-        if not opened:
-            lines.append(line)
-        if start:
-            opened = number
-            try:
-                lines += ["", table(start[1], results).strip("\n"), ""]
-            except InputError as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
-    if opened:
-        raise InputError(f"{path}, line {opened}: the table that begins here has no {END}.")
+    opened = number = 0
+    try:
+        for number, line in enumerate(text.split("\n"), 1):
+            mark = MARK.fullmatch(line.strip())
+            if mark and bool(mark[1]) == bool(opened):
+                raise InputError("each <!-- table NAME --> needs one <!-- end --> after it, and here is "
+                                 f"{'no end before the next' if opened else 'an end without a start'}.")
+            if mark or not opened:
+                lines.append(line)
+            if mark and mark[1]:
+                opened = number
+                lines += ["", table(mark[1], results).strip("\n"), ""]
+            elif mark:
+                opened = 0
+        if number := opened:
+            raise InputError("the table that begins here has no <!-- end -->.")
+    except InputError as error:
+        raise InputError(f"{path}, line {number}: {error}") from None
     return "\n".join(lines)
 
 
@@ -105,12 +97,18 @@ def ratios(name: str, results: Path) -> str:
         return markdown(["measured", "ratio", "absolute"], rows, "; ".join(found["notes"]))
 
 
+def read_points(name: str, results: Path) -> list[dict[str, Any]]:
+    """What inference, chain or int8 found of each model and form."""
+    with read_results(results / f"{name}.json") as found:
+        return found.get("points") or [{"model": model, "form": form, **got}
+                                       for model, forms in found["ways"].items() for form, got in forms.items()]
+
+
 def by_model(name: str, results: Path) -> str:
     """A column a model: how each form of it answers, then batches, cold starts and threads where they were measured."""
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     with read_results(results / f"{name}.json") as found:
-        points = found.get("points") or [{"model": model, "form": form, **got}
-                                         for model, forms in found["ways"].items() for form, got in forms.items()]
+        points = read_points(name, results)
         for point in points:
             size = f", {point['mb']:.0f} MB" if "mb" in point else ""
             cells[point["form"]][point["model"]] = (f"{number(point['median_ms'])} ms, "
@@ -187,28 +185,18 @@ def overview(results: Path) -> str:
 
 def overview_rows(results: Path) -> list[tuple[str, dict[str, float], list[float], list[float]]]:
     """What is shown, accuracies in percent by data set, milliseconds and megabytes: in int8 and fp32, or as trained."""
-    sizes: dict[tuple[str, str], float] = {}
     rows = newest_rows(results / "accuracy.json")
     cells = by_cell(rows)
-    times = {model: {"as trained": statistics.median(row["ms"] for row in rows if row["model"] == model
-                                                     and row["data_set"] == data_set)}
-             for model, data_set in cells if data_set == "snips"}
-    if (path := results / "inference.json").exists():
-        with read_results(path) as found:
-            for point in found["points"]:
-                if point["form"] in FORMS:
-                    times.setdefault(point["model"], {})[point["form"]] = point["median_ms"]
-    if (path := results / "int8.json").exists():
-        with read_results(path) as found:
-            sizes = {(model, form): got["mb"] for model, forms in found["ways"].items() for form, got in forms.items()}
+    times, sizes = ({(point["model"], point["form"]): point[key] for point in read_points(verb, results)}
+                    for verb, key in (("inference", "median_ms"), ("int8", "mb")))
     made = []
     for shown, model, network in OVERVIEW:
         accuracies = {data_set: statistics.mean(found) for (one, data_set), found in cells.items() if one == model}
-        of = times.get(network, {})
-        forms = [form for form in FORMS if form in of]
+        plain = [row["ms"] for row in rows if (row["model"], row["data_set"]) == (network, "snips")]
+        sides = [(network, form) for form in FORMS if (network, form) in times]
+        ms = [times[side] for side in sides] or ([statistics.median(plain)] if plain else [])
         if accuracies:
-            made.append((shown, accuracies, [of[form] for form in forms] or list(of.values()),
-                         [sizes[network, form] for form in forms if (network, form) in sizes]))
+            made.append((shown, accuracies, ms, [sizes[side] for side in sides if side in sizes]))
     return made
 
 

@@ -51,11 +51,7 @@ LABEL_COLUMNS = ("label", "star_rating")
 
 
 def hub_rows(dataset: str, task: str | None, split: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The rows of a data set of the hub, as a stream, each with the data set's features by column.
-
-    Raises:
-        InputError: it cannot be had.
-    """
+    """The rows of a data set of the hub as a stream, with its columns' features; an InputError says what failed."""
     os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"  # versions before 4 could run a data set's own script
     try:
         import datasets
@@ -67,11 +63,9 @@ def hub_rows(dataset: str, task: str | None, split: str) -> Iterator[tuple[dict[
             yield row, opened.features or {}
     except Exception as error:  # of the network, of many file formats: they share no base class
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise InputError(
-            f"{dataset}: cannot be read to its end from the hub ({reason}); correct --task_name and --split, name a "
-            "mirror (--dataset_name OWNER/NAME --text_column ... --label_column ...), or put a file of sentence TAB "
-            "label lines in place by hand."
-        ) from None
+        raise InputError(f"{dataset}: cannot be read to its end from the hub ({reason}); correct --task_name and "
+                         "--split, name a mirror (--dataset_name OWNER/NAME --text_column ... --label_column ...), or "
+                         "put a file of sentence TAB label lines in place by hand.") from None
 
 
 def find_column(given: str | None, usual: tuple[str, ...], row: dict[str, Any], flag: str) -> str:
@@ -83,11 +77,7 @@ def find_column(given: str | None, usual: tuple[str, ...], row: dict[str, Any], 
 
 
 def one_line(value: Any, column: str) -> str:
-    """A cell's text with blanks, line ends and HTML's <br /> as single blanks; empty where there is none.
-
-    Raises:
-        InputError: the cell holds a list or the like.
-    """
+    """A cell's text with blanks, line ends and HTML's <br /> as single blanks; a list or the like is an InputError."""
     if not isinstance(value, str | int | float | None):
         raise InputError(f"the column {column} holds a {type(value).__name__}; choose --text_column and "
                          "--label_column that hold one text or number a row.")
@@ -96,11 +86,7 @@ def one_line(value: Any, column: str) -> str:
 
 
 def write_hub(args: argparse.Namespace, out: TextIO) -> None:
-    """Write a data set of the hub to `out` and count on standard error what was left out.
-
-    Raises:
-        InputError: it cannot be had, or has no usable row.
-    """
+    """Write a data set of the hub to `out`, and count on standard error what was left out."""
     counts: Counter[str] = Counter()
     rows = hub_rows(args.dataset_name, args.task_name, args.split or "train")
     for row, features in tqdm(rows, desc=args.dataset_name, unit=" rows"):

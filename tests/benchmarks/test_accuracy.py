@@ -13,21 +13,18 @@ import pytest
 from architectures import make_model
 from conftest import Place
 from helpers import ROOT, refusal, write_config
+from helpers import run_benchmark as run
 
 import augment_data
 import benchmark
 import fastformers
 import train
-from benchmarks import accuracy, baselines, recipes
+from benchmarks import accuracy, baselines, harness, recipes
 from text.lines import TsvReader
 
 
 def result(name: str) -> dict[str, Any]:
     return json.loads(Path("results", f"{name}.json").read_text(encoding="utf-8"))
-
-
-def run(*argv: Any) -> None:
-    benchmark.main(["--small", *map(str, argv)])
 
 
 @pytest.fixture
@@ -77,7 +74,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
     monkeypatch.setattr(accuracy, "train_and_test", train_and_test)
-    monkeypatch.setattr(accuracy, "encode", encode)
+    monkeypatch.setattr(harness, "encode", encode)
     monkeypatch.setattr(accuracy, "BASELINES", {"TF-IDF + linear SVM": accuracy.BASELINES["TF-IDF + linear SVM"]})
     return done
 

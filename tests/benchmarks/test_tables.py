@@ -35,11 +35,12 @@ def test_the_overview_has_the_models_and_their_peers() -> None:
 
 
 def test_the_overview_takes_what_there_is(tmp_path: Path) -> None:
-    shutil.copy(tables.RESULTS / "accuracy.json", tmp_path)
-    assert all(len(ms) == 1 and mb == [] for _, _, ms, mb in tables.overview_rows(tmp_path))
+    for name in ("accuracy", "inference", "int8"):
+        shutil.copy(tables.RESULTS / f"{name}.json", tmp_path)
     rows = [row for row in json.loads((tmp_path / "accuracy.json").read_text())["rows"] if row["model"] == "gnb"]
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
     assert [row[0] for row in tables.overview_rows(tmp_path)] == ["GNB"]
+    (tmp_path / "inference.json").unlink()
     with pytest.raises(InputError, match=r"a\.md, line 1: .*inference\.json: cannot be read"):
         tables.with_tables(Path("a.md"), "<!-- table inference -->\n<!-- end -->", tmp_path)
 
@@ -54,7 +55,8 @@ def test_labels_of_the_picture_lie_apart(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(boxes[-1]) == len(points)
 
     monkeypatch.setattr(pictures, "place_labels", watched)
-    pictures.draw_overview(tables.RESULTS, tmp_path / "overview.png")
+    shutil.copytree(tables.RESULTS, tmp_path, dirs_exist_ok=True)
+    pictures.draw_overview(tmp_path)
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG") and len(boxes) == 2
     for panel in boxes:
         assert sum(box.count_overlaps(panel) for box in panel) == len(panel)  # each meets itself alone
