@@ -60,8 +60,10 @@ def measure_data_set(args: argparse.Namespace, source: Path, data: Path) -> None
         encoding = encoding_flags(args, name, model)
         harness.encode(source, data, CONFIGS[model], *encoding)
         if encoded_kind(config) == WORDS:
-            facts = encoded_facts(data)
-            embedding = {"file": Path(args.embedding_path).name, "words": facts["vectors"]}
+            encoded = EncodedData(data / f"{harness.SPLITS[0]}.ids").encoding
+            words = (data / "vocab.txt").read_bytes().count(b"\n") - encoded.own_rows  # that the vector file has
+            facts = {"texts": texts, "vocabulary": encoded.vocab_sha256, "table": encoded.table, "vectors": words}
+            embedding = {"file": Path(args.embedding_path).name, "words": words}
         else:
             bert = Path(args.bert_model_name_or_path)
             weights = bert / "model.safetensors"
@@ -94,14 +96,6 @@ def finish(args: argparse.Namespace, about: dict[str, Any], run: Callable[[], di
     logger.info("[%s: %.4f on test, %.4f on valid]", name, row["accuracy"], row["valid_accuracy"])
 
 
-def encoded_facts(data: Path) -> dict[str, Any]:
-    """What was encoded: checksums of the texts, the vocabulary and the vectors, and how many vectors the file has."""
-    splits = [EncodedData(data / f"{name}.ids").encoding for name in harness.SPLITS]
-    vocabulary = (data / "vocab.txt").read_bytes().count(b"\n")
-    return {"texts": [split.source_sha256 for split in splits], "vocabulary": splits[0].vocab_sha256,
-            "table": splits[0].table, "vectors": vocabulary - splits[0].own_rows}
-
-
 def digest(text: str) -> str:
     """A short checksum."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -130,12 +124,8 @@ def newest_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def train_and_test(args: argparse.Namespace, data: Path, flags: list[str], key: dict[str, Any]) -> dict[str, Any]:
-    """Run train.py and evaluate.py, on encoded data and once more on raw text, one sentence at a time.
-
-    Args:
-        key: the row's model, seed and recipe, which a run in --checkpoints is known by.
-    """
-    folder = run_folder(args.checkpoints or data, data.name, key["model"], key["seed"])
+    """Run train.py, and evaluate.py on raw text, one sentence at a time; `key` says model, seed and recipe."""
+    folder = (args.checkpoints or data) / f"{data.name}-{key['model']}-{key['seed']}"
     keep_run(folder, key["recipe"], args.force)
     begun = any(folder.glob("model.pt*"))
     model = folder / "model.pt"
@@ -150,19 +140,13 @@ def train_and_test(args: argparse.Namespace, data: Path, flags: list[str], key: 
     harness.run_stage(script, *common, *flags, *more)
     seconds = time.perf_counter() - start
     trained = json.loads(Path(f"{model}.train.json").read_text())
-    tested = []
-    for raw_text in ([], ["--enable_inference"]):
-        harness.run_stage("evaluate.py", *common, f"--model_path={model}", *raw_text)
-        tested.append(json.loads(Path(f"{model}.test.json").read_text()))
+    harness.run_stage("evaluate.py", *common, f"--model_path={model}", "--enable_inference")
+    test = json.loads(Path(f"{model}.test.json").read_text())
     if not args.checkpoints:
         shutil.rmtree(folder)
-    test, raw = tested
-    if raw["correct"] != test["correct"]:
-        logger.warning("[%d right on encoded data, %d on raw text]", test["correct"], raw["correct"])
     return {**{key: test[key] for key in ("accuracy", "correct", "examples", "macro_f1")},
-            "raw_accuracy": raw["accuracy"], "valid_accuracy": trained["best"]["valid_accuracy"],
-            "precision": trained["flags"]["precision"], "train_seconds": None if begun else seconds,
-            "ms": raw["timing"]["mean_ms"]}
+            "valid_accuracy": trained["best"]["valid_accuracy"], "precision": trained["flags"]["precision"],
+            "train_seconds": None if begun else seconds, "ms": test["timing"]["mean_ms"]}
 
 
 def keep_run(folder: Path, recipe: str, force: bool) -> None:
@@ -180,15 +164,10 @@ def keep_run(folder: Path, recipe: str, force: bool) -> None:
     write_json({"recipe": recipe}, path)
 
 
-def run_folder(checkpoints: Path, data_set: str, model: str, seed: int) -> Path:
-    """Where --checkpoints keeps a run's files."""
-    return checkpoints / f"{data_set}-{model}-{seed}"
-
-
 def kept_model(checkpoints: Path | None, data_set: str, model: str, seed: int = 0) -> Path:
     """The model of a seed (0: of the first one) that stands in --checkpoints."""
     seed = seed or RECIPES.get((data_set, model), ("", [1]))[1][0]
-    path = run_folder(checkpoints or Path(), data_set, model, seed) / "model.pt"
+    path = (checkpoints or Path()) / f"{data_set}-{model}-{seed}" / "model.pt"
     if not checkpoints or not harness.is_trained(path):
         raise InputError(f"{model} on {data_set}, seed {seed}, is needed and not in --checkpoints; run benchmark.py "
                          f"accuracy --data_sets {data_set} --models {model} --seeds {seed} --checkpoints=FOLDER first, "
@@ -205,11 +184,7 @@ def encoding_flags(args: argparse.Namespace, data_set: str, model: str) -> list[
 
 def find_teachers(args: argparse.Namespace, source: Path, data: Path, model: str,
                   flags: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Put what a student needs in place: its teachers' models, and in `data` the text that they have labelled.
-
-    Returns:
-        The flags with the paths of both, and their checksums.
-    """
+    """A student's flags with the paths of its teachers and of the text that they label, put in `data`; their checksums."""
     named = re.findall(r"\{(.+?)\}", " ".join(flags))
     places = {other: kept_model(args.checkpoints, source.name, other) for other in CONFIGS if other in named}
     facts: dict[str, Any] = {"teachers": [sha256(path) for path in places.values()]}
@@ -227,16 +202,16 @@ def find_teachers(args: argparse.Namespace, source: Path, data: Path, model: str
 def augmented_text(args: argparse.Namespace, source: Path, model: str) -> Path:
     """The training text augmented for a student, with its teachers' mean logits; made once for each set of teachers."""
     teaching, name = TAUGHT[model], source.name
-    teachers = [kept_model(args.checkpoints, name, teacher, seed) for teacher, seed in teaching.teachers]
-    decisive = [sha256(source / harness.SPLITS[0]), *map(sha256, teachers), teaching.augment_flags]
+    teachers = [kept_model(args.checkpoints, name, teacher, seed) for teacher, seed in teaching["teachers"]]
+    decisive = [sha256(source / harness.SPLITS[0]), *map(sha256, teachers), teaching["augment_flags"]]
     folder = args.checkpoints / f"{name}-augmented-{digest(str(decisive))}"
     path = folder / "augmented.txt"
     if path.exists():
         return path
     where, encoding = f"--data_dir={folder}", encoding_flags(args, name, TEACHER)
     harness.encode(source, folder, CONFIGS[TEACHER], *encoding)
-    harness.run_stage("augment_data.py", f"--input={folder / harness.SPLITS[0]}",
-                      f"--output={folder / 'augmented.raw'}", "--lower", "--parallel", *teaching.augment_flags.split())
+    harness.run_stage("augment_data.py", f"--input={folder / harness.SPLITS[0]}", "--lower", "--parallel",
+                      f"--output={folder / 'augmented.raw'}", *teaching["augment_flags"].split())
     harness.run_stage("preprocess.py", f"--config={CONFIGS[TEACHER]}", where, *encoding, "--augmented")
     exported = [str(folder / f"teacher-{number}.onnx") for number, _ in enumerate(teachers, 1)]
     for teacher, onnx in zip(teachers, exported, strict=True):

@@ -17,7 +17,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model of --checkpoints that was trained on --data_dir: the teacher first, then its students."""
     data_set = Path(args.data_dir).name
     models = {TEACHER: kept_model(args.checkpoints, data_set, TEACHER)}
-    for name in (name for name, teaching in TAUGHT.items() if len(teaching.teachers) == 1):
+    for name in (name for name, teaching in TAUGHT.items() if len(teaching["teachers"]) == 1):
         with contextlib.suppress(InputError):  # not trained: not measured
             models[name] = kept_model(args.checkpoints, data_set, name)
     sides: dict[tuple[str, str], Answer] = {}

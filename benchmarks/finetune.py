@@ -30,14 +30,13 @@ BATCH_SIZE = 64
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Sentences a second of --bert_model_name_or_path on --data_dir, and the memory that it takes."""
-    sizes: harness.Sizes = args.sizes
     pretrained = f"--bert_model_name_or_path={args.bert_model_name_or_path}"
     setup, peak = prepare(args, folder, str(CONFIG), pretrained, pretrained, "--lr=1e-4", f"--batch_size={BATCH_SIZE}",
-                          f"--max_train_steps={sizes.warm_up_steps + sizes.padded_steps}")
+                          f"--max_train_steps={args.sizes.warm_up_steps + args.sizes.padded_steps}")
     data, precision = EncodedData(setup.data), setup.flags["precision"]
     base, ours, theirs = "fp32, padded to n_ctx", f"{precision}, bucketed", f"transformers' Trainer, {precision}"
     rates = harness.interleave({base: partial(alone, plain_rate, setup), ours: partial(alone, our_rate, setup),
-                                theirs: partial(alone, trainer_rate, setup, folder)}, sizes.rounds)
+                                theirs: partial(alone, trainer_rate, setup, folder)}, args.sizes.rounds)
     middle = harness.medians(rates)
     notes = [f"{Path(args.bert_model_name_or_path).name}, {CONFIG.name}, data set {Path(args.data_dir).name}: "
              f"{len(data):,} sentences of {data.lengths.mean():.1f} tokens, n_ctx {setup.config['n_ctx']}, batches of "

@@ -38,7 +38,7 @@ class Sizes:
     tables: tuple[int, int] = (GLOVE_WORDS, 20_000)
     words: int = GLOVE_WORDS
     dimension: int = 300
-    lines: tuple[int, int] = (1_000_000, 10_000_000)
+    lines: tuple[int, int] = (1_000_000, 10_000_000)  # of words
     subword_lines: int = 200_000
     epochs: int = 2
     vocabulary: int = 20_000
@@ -95,11 +95,7 @@ sys.exit(done.returncode)
 
 
 def launch(*command: str, threads: int | None = None) -> tuple[float, float, str]:
-    """Run Python with `command` on so many threads (None: the library's choice).
-
-    Returns:
-        Seconds, peak resident memory in MB (of the largest process), and standard output.
-    """
+    """Run Python on so many threads; return seconds, peak resident MB (of the largest process) and standard output."""
     chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), **chosen})
@@ -112,10 +108,7 @@ def launch(*command: str, threads: int | None = None) -> tuple[float, float, str
 
 
 def interleave(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = False) -> dict[str, list[float]]:
-    """Measure all sides in turn, round after round, so that a slow minute of the machine meets all of them.
-
-    With `warm_up`, one more round comes first, which does not count.
-    """
+    """Measure all sides in turn, so that a slow minute of the machine meets all; a `warm_up` round does not count."""
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for name in tqdm([*sides] * (rounds + warm_up), unit="run", disable=None):
         measured[name].append(sides[name]())
@@ -156,11 +149,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def read_results(path: Path) -> Iterator[Any]:
-    """The content of a results file; what the block does not find in it is the file's fault.
-
-    Raises:
-        InputError: no such file, no JSON, or not that of benchmark.py.
-    """
+    """The content of a results file; what the block does not find in it is the file's fault, and an InputError."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -34,8 +34,7 @@ def draw_accuracy(results: Path) -> None:
             axes.set(title=data_set, xlabel="accuracy on test, %", yticks=range(len(models)), yticklabels=models,
                      ylim=(len(models) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
-        if panels[0][0].get_legend_handles_labels()[0]:
-            figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
 def draw_answers(verb: str, results: Path) -> None:

@@ -80,11 +80,7 @@ class Setup:
 
 
 def prepare(args: argparse.Namespace, folder: Path, config: str, encoding: str, *flags: str) -> tuple[Setup, float]:
-    """Encode --data_dir and begin to train on it, so that train.py resolves its flags and the config's recipe.
-
-    Returns:
-        What is trained, and train.py's peak memory in MB.
-    """
+    """Encode --data_dir and let train.py begin: what it resolved flags and config to, and its peak memory in MB."""
     harness.encode(Path(args.data_dir), folder / "data", config, encoding)
     _, peak, _ = harness.launch(str(ROOT / "train.py"), f"--config={config}", f"--data_dir={folder / 'data'}", *flags,
                                 *harness.output_flags(folder))

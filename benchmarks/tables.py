@@ -43,9 +43,8 @@ def table(name: str, results: Path = RESULTS) -> str:
 
 def update_documents(paths: Iterable[Path], results: Path = RESULTS) -> list[Path]:
     """Write the tables between the marks of some documents anew. Returns the documents that changed."""
-    texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    new = {path: with_tables(path, text, results) for path, text in texts.items()}
-    changed = [path for path in texts if new[path] != texts[path]]
+    new = {path: with_tables(path, path.read_text(encoding="utf-8"), results) for path in paths}
+    changed = [path for path, text in new.items() if text != path.read_text(encoding="utf-8")]
     for path in changed:
         with atomic_write(path) as file:
             file.write(new[path])
@@ -154,9 +153,8 @@ def accuracy(results: Path) -> str:
 
 def accuracy_on(data_set: str, results: Path) -> str:
     """The accuracy of each model on one data set: the mean, and each seed."""
-    cells = by_cell(newest_rows(results / "accuracy.json"))
     rows = [[model, f"{statistics.mean(found):.2f}", ", ".join(f"{one:.2f}" for one in found)]
-            for (model, one), found in cells.items() if one == data_set]
+            for (model, one), found in by_cell(newest_rows(results / "accuracy.json")).items() if one == data_set]
     return markdown(["model", "accuracy, %", "seeds"], rows)
 
 
@@ -209,9 +207,8 @@ def commands(results: Path) -> str:
         return markdown(["command", "word vectors", "exit statuses", "valid, %", "test, %"], rows, found["about"])
 
 
-FIGURES = ("speed", "vectors", "memory", "augment", "finetune", "scale", "zero")
+FIGURES = ("speed", "vectors", "augment", "finetune", "scale", "zero")
 TABLES: dict[str, Callable[[Path], str]] = {
-    "overview": overview, "accuracy": accuracy, "accuracy-snips": partial(accuracy_on, "snips"),
-    "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,
+    "overview": overview, "accuracy": accuracy, "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,
     **{name: partial(ratios, name) for name in FIGURES},
     **{name: partial(by_model, name) for name in ("inference", "chain", "int8")}}

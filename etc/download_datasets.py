@@ -42,9 +42,7 @@ BASE_URL = "https://raw.githubusercontent.com/dsindex/iclassifier/HEAD/data"
 # SHA-256 of the files of each data set that comes as plain text.
 PLAIN: dict[str, dict[str, str]] = json.loads((ROOT / "etc" / "data_sets.json").read_text(encoding="utf-8"))
 
-AMAZON = "amazon_us_reviews"
-STARS = {"5": "positive", "1": "negative"}
-AMAZON_LIMIT = 512  # characters
+STARS = {"5": "positive", "1": "negative"}  # of Amazon's reviews
 # What data sets call their columns. The first that is there is taken.
 TEXT_COLUMNS = ("text", "sentence", "review_body")
 LABEL_COLUMNS = ("label", "star_rating")
@@ -96,8 +94,8 @@ def write_hub(args: argparse.Namespace, out: TextIO) -> None:
         names = getattr(features.get(label_column), "names", None)
         if names and isinstance(row[label_column], int):  # a class by its number, -1 in test sets without labels
             label = one_line(dict(enumerate(names)).get(row[label_column]), label_column)
-        if label_column == "star_rating" or args.dataset_name.rpartition("/")[2] == AMAZON:
-            text, label = shorten(text, AMAZON_LIMIT, placeholder=""), STARS.get(label.removesuffix(".0"), "")
+        if label_column == "star_rating" or args.dataset_name.rpartition("/")[2] == "amazon_us_reviews":
+            text, label = shorten(text, 512, placeholder=""), STARS.get(label.removesuffix(".0"), "")
         kind = "without a text" if not text else "without a label that counts" if not label else "written"
         counts[kind] += 1
         if kind == "written":

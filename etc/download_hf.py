@@ -26,10 +26,7 @@ from util import sync_folder
 
 
 def choose(files: list[str], name: str) -> list[str]:
-    """Of a model's files on the hub those that it is loaded from; what lies in subfolders has other formats.
-
-    An InputError says that it lacks a config, or weights that can be read safely.
-    """
+    """The files that a model is loaded from (subfolders hold other formats); an InputError says what it lacks."""
     patterns = ("model*.safetensors", "*.json", "*.txt", "*.model")  # *.model: a SentencePiece vocabulary
     files = [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)]
     if not any(file.endswith(".safetensors") for file in files):

@@ -30,7 +30,6 @@ from util import atomic_write
 TEMPLATES: dict[str, dict[str, dict[str, list[str]]]] = json.loads(
     (ROOT / "etc" / "sample_templates.json").read_text(encoding="utf-8"))
 SLOTS, INTENTS = TEMPLATES["slots"], TEMPLATES["intents"]
-NONE = "none_of_these"
 # The intents whose imperatives, which start with {do}, can stand inside other sentences: "text mark to {request}".
 QUOTED = ["play_music", "book_table", "make_call", "control_home", "get_directions"]
 
@@ -88,10 +87,10 @@ class Writer:
         raise InputError(f"sample_templates.json: {intent} has too few templates for {split}.txt; write some more.")
 
     def lines(self, split: str) -> list[str]:
-        """All lines of a split in random order: every intent equally often, and NONE takes what is left over."""
+        """All lines of a split in random order: every intent equally often, and none_of_these takes the rest."""
         share = int(SPLITS[split] / (len(INTENTS) + 0.25))
         intents = [intent for intent in INTENTS for _ in range(share)]
-        intents += [NONE] * (SPLITS[split] - len(intents))
+        intents += ["none_of_these"] * (SPLITS[split] - len(intents))
         lines = [f"{self.sentence(intent, split)}\t{intent}\n" for intent in intents]
         return sorted(lines, key=lambda _: self.random.random())
 

@@ -64,12 +64,12 @@ def test_labels_of_the_picture_lie_apart(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_documents_are_filled_and_then_left_alone(tmp_path: Path) -> None:
     first, second = tmp_path / "a.md", tmp_path / "b.md"
-    first.write_text("# A\n\n<!-- table speed -->\nstale\n<!-- end -->\nkept\n<!-- table memory -->\n<!-- end -->")
+    first.write_text("# A\n\n<!-- table speed -->\nstale\n<!-- end -->\nkept\n<!-- table vectors -->\n<!-- end -->")
     second.write_text("Write `<!-- table speed -->` where a table goes.\n")
     assert tables.update_documents([first, second]) == [first]
-    speed, memory = (tables.table(name).strip() for name in ("speed", "memory"))
+    speed, vectors = (tables.table(name).strip() for name in ("speed", "vectors"))
     assert first.read_text() == (f"# A\n\n<!-- table speed -->\n\n{speed}\n\n<!-- end -->\nkept\n"
-                                 f"<!-- table memory -->\n\n{memory}\n\n<!-- end -->")
+                                 f"<!-- table vectors -->\n\n{vectors}\n\n<!-- end -->")
     assert tables.update_documents([first, second]) == []
 
 
@@ -77,7 +77,7 @@ def test_documents_are_filled_and_then_left_alone(tmp_path: Path) -> None:
     ("\n<!-- table sped -->\n<!-- end -->", r"a\.md, line 2: there is no table 'sped' \(did you mean 'speed'\?\)"),
     ("<!-- table speed -->\nmore", r"a\.md, line 1: .*no <!-- end -->"),
     ("<!-- end -->", r"a\.md, line 1: .*an end without a start"),
-    ("<!-- table speed -->\n<!-- table memory -->\n<!-- end -->", r"a\.md, line 2: .*no end before the next")])
+    ("<!-- table speed -->\n<!-- table vectors -->\n<!-- end -->", r"a\.md, line 2: .*no end before the next")])
 def test_a_wrong_mark_changes_no_document(tmp_path: Path, text: str, message: str) -> None:
     stale = "<!-- table speed -->\nstale\n<!-- end -->\n"
     (tmp_path / "0.md").write_text(stale)
