@@ -184,7 +184,7 @@ def encoding_flags(args: argparse.Namespace, data_set: str, model: str) -> list[
 
 def find_teachers(args: argparse.Namespace, source: Path, data: Path, model: str,
                   flags: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """A student's flags with the paths of its teachers and of the text that they label, put in `data`; their checksums."""
+    """A student's flags with the paths of its teachers and of the text that they label, put in `data`; checksums."""
     named = re.findall(r"\{(.+?)\}", " ".join(flags))
     places = {other: kept_model(args.checkpoints, source.name, other) for other in CONFIGS if other in named}
     facts: dict[str, Any] = {"teachers": [sha256(path) for path in places.values()]}
@@ -194,8 +194,8 @@ def find_teachers(args: argparse.Namespace, source: Path, data: Path, model: str
             facts["augmented"] = sha256(text)
             for file in (text, *text.parent.glob("logits-*.json")):
                 shutil.copyfile(file, data / file.name)
-            harness.run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}",
-                      *encoding_flags(args, source.name, model), "--augmented", f"--augmented_filename={text.name}")
+            harness.run_stage("preprocess.py", f"--config={CONFIGS[model]}", f"--data_dir={data}", "--augmented",
+                              f"--augmented_filename={text.name}", *encoding_flags(args, source.name, model))
     return [flag.format_map(places) for flag in flags], facts
 
 
@@ -218,6 +218,6 @@ def augmented_text(args: argparse.Namespace, source: Path, model: str) -> Path:
         harness.run_stage("evaluate.py", where, f"--model_path={teacher}", "--convert_onnx", f"--onnx_path={onnx}")
     more = ["--more_teachers", *exported[1:]] if len(exported) > 1 else []
     harness.run_stage("evaluate.py", where, "--enable_ort", f"--onnx_path={exported[0]}", *more, "--augmented",
-              "--batch_size=128")
+                      "--batch_size=128")
     os.replace(folder / "augmented.raw.pred", path)
     return path
