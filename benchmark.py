@@ -9,7 +9,6 @@ Writes  RESULTS/VERB.json of each VERB, a picture of inference, chain and accura
     python benchmark.py chain               how a teacher and its students, left in --checkpoints by accuracy, answer
     python benchmark.py int8                every way of int8, and a sweep over threads
     python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
-    python benchmark.py gpu                 fine-tuning and answering on a GPU, in fp32, in bf16 and compiled
     python benchmark.py table               print again what RESULTS holds; write overview.png there and, of the
                                             repository's own results, the tables in its documents
 
@@ -26,35 +25,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import SMALL, Sizes, provenance, read_results
+from benchmarks.harness import Sizes, provenance
 from benchmarks.recipes import CONFIGS, INFERENCE_MODELS, TAUGHT
-from cli.flags import (
-    EMBEDDING_PATH,
-    Parser,
-    add_bert_flag,
-    add_config_flag,
-    add_data_dir_flag,
-    did_you_mean,
-    natural_int,
-    positive_int,
-)
+from cli import flags
 from sentence_classifier.errors import InputError, fail_cleanly
 from util import ROOT, write_json
 
 # A verb's module in benchmarks/ has its name and measures by measure(args, folder).
-USUAL = ("speed", "vectors", "memory", "augment", "finetune", "inference", "scale")
-# What needs trained models, an hour, several processes or a GPU: only where asked for.
-BY_NAME = ("chain", "int8", "zero", "gpu", "accuracy")
+USUAL = ("speed", "vectors", "augment", "finetune", "inference", "scale")
+# What needs trained models, an hour or several processes: only where asked for.
+BY_NAME = ("chain", "int8", "zero", "accuracy")
 VERBS = (*USUAL, *BY_NAME, "table")
 
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__)
+    parser = flags.Parser(__doc__, __file__)
     parser.add_argument("verbs", nargs="*", default=list(USUAL), metavar="VERB",
                         help=f"{', '.join(VERBS)} (default: {' '.join(USUAL)})")
     files = parser.add_argument_group("files")
-    files.add_argument("--embedding_path", default=EMBEDDING_PATH,
+    files.add_argument("--embedding_path", default=flags.EMBEDDING_PATH,
                        help="word vectors, or none (default: %(default)s)")
     files.add_argument("--results", type=Path, default="results",
                        help="folder of the JSON files (default: %(default)s)")
@@ -64,14 +54,14 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
                        help="inference, int8, accuracy: keep the trained models here, take those that are there, and "
                             "go on with those that were cut off (default: train anew)")
     speed = parser.add_argument_group("speed")
-    add_config_flag(speed, CONFIGS["cnn"])
-    add_data_dir_flag(speed)
-    transformers = parser.add_argument_group("finetune, scale, gpu, and accuracy of minilm-*")
-    add_bert_flag(transformers, "embeddings/all-MiniLM-L6-v2")
+    flags.add_config_flag(speed, CONFIGS["cnn"])
+    flags.add_data_dir_flag(speed)
+    transformers = parser.add_argument_group("finetune, scale, and accuracy of minilm-*")
+    flags.add_bert_flag(transformers, "embeddings/all-MiniLM-L6-v2")
     inference = parser.add_argument_group("inference, int8")
     inference.add_argument("--inference_models", nargs="+", default=INFERENCE_MODELS, choices=INFERENCE_MODELS,
                            metavar="MODEL", help=f"models to measure (default: {' '.join(INFERENCE_MODELS)})")
-    inference.add_argument("--num_threads", type=positive_int, default=2,
+    inference.add_argument("--num_threads", type=flags.positive_int, default=2,
                            help="threads that answer a sentence (default: %(default)s)")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
@@ -79,39 +69,31 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     words = [model for model, config in CONFIGS.items() if "bert" not in config and model not in TAUGHT]
     accuracy.add_argument("--models", nargs="*", default=words, choices=list(CONFIGS), metavar="MODEL",
                           help=f"of {' '.join(CONFIGS)} (default: {' '.join(words)})")
-    accuracy.add_argument("--seeds", nargs="+", type=natural_int,
+    accuracy.add_argument("--seeds", nargs="+", type=flags.natural_int,
                           help="seeds to train with (default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
-    accuracy.add_argument("--folds", type=natural_int, default=0,
-                          help="to compare recipes: hold out so many folds of the training file in turn and test on "
-                               "them in the place of test.txt, with the fold's number as the seed (default: 0)")
     accuracy.add_argument("--force", action="store_true", help="run again what is finished")
-    parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for the tests
     args = parser.parse_args(argv)
     for verb in args.verbs:
         if verb not in VERBS:
-            parser.error(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
-    args.sizes = SMALL if args.small else Sizes()
-    words = ["benchmark.py", *(sys.argv[1:] if argv is None else argv)]
-    args.command = " ".join(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", word) for word in words)  # no paths of this machine
+            parser.error(f"unknown verb {verb!r}{flags.did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
+    args.sizes = Sizes()
+    args.command = re.sub(r"([ =])/(?:[^/ ]*/)*", r"\1", args.command)  # no paths of this machine
     return args
 
 
 def show(results: Path, verbs: tuple[str, ...]) -> None:
     """Print the tables of what `results` holds of `verbs`, and draw the pictures."""
-    from benchmarks import accuracy, pictures, tables
+    from benchmarks import pictures, tables
 
-    found = {verb: path for verb in verbs if (path := results / f"{verb}.json").exists()}
+    found = [verb for verb in verbs if (results / f"{verb}.json").exists()]
     if not found:
         raise InputError(f"{results}: holds no results yet; run python benchmark.py first.")
-    for verb, path in found.items():
+    for verb in found:
         print(tables.table(verb, results))
-        if verb == "accuracy":
-            pictures.draw_accuracy(accuracy.newest_rows(path), path.with_suffix(".png"))
-        elif verb in ("chain", "inference"):
-            with read_results(path) as result:
-                pictures.draw_answers(result["points"], path.with_suffix(".png"))
-    if len(verbs) > 1 and "accuracy" in found:
-        pictures.draw_overview(results, results / "overview.png")
+        if verb in pictures.PICTURES:
+            pictures.PICTURES[verb](results)
+    if {"accuracy", "inference", "int8"} <= set(found):
+        pictures.draw_overview(results)
     if len(verbs) > 1 and results.resolve() == tables.RESULTS:
         for document in tables.update_documents([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], results):
             print(f"{document.relative_to(ROOT)}: its tables were not current, and are now.", file=sys.stderr)

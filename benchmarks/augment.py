@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SPLITS, figure, find_data, interleave, launch, medians, rate_figure
+from benchmarks.harness import SPLITS, figure, interleave, launch, medians, rate_figure
 
 AUGMENT = """
 import json, sys, augment_data
@@ -20,7 +20,7 @@ SIDES = {"n_iter 5": ["--n_iter=5"], "one process": ["--n_iter=20"], "parallel":
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The training file of --data_dir, augmented by each side in processes of its own."""
-    source = find_data(args)
+    source = Path(args.data_dir)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
 
     def run(side: str) -> float:

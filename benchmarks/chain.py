@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inference import Answer, Case, summarize, time_answers
-from benchmarks.recipes import BY_ONE, TAUGHT, TEACHER
-from benchmarks.runs import kept_model
+from benchmarks.accuracy import kept_model
+from benchmarks.inference import Answer, Case, time_answers
+from benchmarks.recipes import TAUGHT, TEACHER
 from sentence_classifier.errors import InputError
-
-FORMS = ("PyTorch", "ONNX", "ONNX int8")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model of --checkpoints that was trained on --data_dir: the teacher first, then its students."""
-    source = Path(args.data_dir)
-    models = {TEACHER: kept_model(args.checkpoints, source.name, TEACHER)}
-    for name in (name for name, by in TAUGHT.items() if by == BY_ONE):  # the others have more teachers
-        try:
-            models[name] = kept_model(args.checkpoints, source.name, name)
-        except InputError:
-            continue  # not trained: not measured
+    data_set = Path(args.data_dir).name
+    models = {TEACHER: kept_model(args.checkpoints, data_set, TEACHER)}
+    for name in (name for name, teaching in TAUGHT.items() if len(teaching["teachers"]) == 1):
+        with contextlib.suppress(InputError):  # not trained: not measured
+            models[name] = kept_model(args.checkpoints, data_set, name)
     sides: dict[tuple[str, str], Answer] = {}
-    counts: dict[tuple[str, str], float] = {}
     megabytes: dict[tuple[str, str], float] = {}
     for name, model in models.items():
-        case = Case(name, args, source, folder / name, model)
-        case.prepare()
-        own = {form: answer for form, answer in case.sides().items() if form in FORMS}
-        right = case.accuracies(own)
-        for form, path in zip(FORMS, (model, case.onnx, case.int8), strict=True):
-            side = name, form
-            sides[side], counts[side], megabytes[side] = own[form], right[form], path.stat().st_size / 1e6
-    rows = summarize(time_answers(sides, case.sentences, 1, source.name), counts)  # many sentences: one round will do
-    return {"notes": [f"data set {source.name}, test sentences one at a time on {args.num_threads} threads, medians"],
+        case = Case(name, args, folder / name, model)
+        answers = case.sides()
+        for form, path in (("PyTorch", model), ("ONNX", case.onnx), ("ONNX int8", case.int8)):
+            sides[name, form], megabytes[name, form] = answers[form], path.stat().st_size / 1e6
+    rows = time_answers(sides, case.examples, 1, data_set)  # many sentences: one round will do
+    return {"notes": [f"data set {data_set}, test sentences one at a time on {args.num_threads} threads, medians"],
             "points": [{"model": side[0], "form": side[1], **row, "mb": megabytes[side]} for side, row in rows.items()],
             "threads": args.num_threads}

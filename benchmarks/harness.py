@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -19,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cli.flags import DATA_DIR, EMBEDDING_PATH
 from sentence_classifier.errors import InputError
 from util import ROOT, cores, git_revision, versions
 
@@ -31,7 +29,7 @@ GLOVE_WORDS = 400_000  # in GloVe 6B
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """How much is measured; the tests measure less."""
 
     rounds: int = 3
     warm_up_steps: int = 5
@@ -40,39 +38,14 @@ class Sizes:
     tables: tuple[int, int] = (GLOVE_WORDS, 20_000)
     words: int = GLOVE_WORDS
     dimension: int = 300
-    lines: tuple[int, int] = (1_000_000, 5_000_000)
-    more_lines: tuple[int, int] = (1_000_000, 10_000_000)
+    lines: tuple[int, int] = (1_000_000, 10_000_000)  # of words
     subword_lines: int = 200_000
     epochs: int = 2
     vocabulary: int = 20_000
     train_flags: str = ""  # for the models of the accuracy table
     settings: int = 1000  # at most, that a baseline tries
     layers: int = 12  # of the BERT for zero
-    sentences: int | None = None  # that are answered one at a time; None: the test file's
-
-
-SMALL = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300, dimension=20,
-              lines=(300, 1500), more_lines=(300, 900), subword_lines=200, epochs=1, vocabulary=100,
-              train_flags="--epoch=1 --max_train_steps=3", settings=2, layers=1, sentences=12)
-
-
-def find_data(args: argparse.Namespace) -> Path:
-    """The data set to measure with; the sample stands in for the default one where that is not here."""
-    source = Path(args.data_dir)
-    if (source / SPLITS[0]).is_file():
-        return source
-    if args.data_dir != DATA_DIR:
-        raise InputError(f"{source / SPLITS[0]}: no such file.")
-    logger.warning("[%s is not here: measured on data/sample]", source.name)
-    return ROOT / "data/sample"
-
-
-def find_vectors(args: argparse.Namespace) -> str:
-    """The word vectors to measure with; none where the default ones are not here."""
-    if args.embedding_path == EMBEDDING_PATH and not Path(EMBEDDING_PATH).is_file():
-        logger.warning("[%s is not here: no pretrained vectors]", EMBEDDING_PATH)
-        return "none"
-    return args.embedding_path
+    sentences: int = 0  # that are answered one at a time; 0: the test file's
 
 
 def copy_splits(source: Path, folder: Path) -> None:
@@ -89,9 +62,7 @@ def copy_splits(source: Path, folder: Path) -> None:
 
 def run_stage(script: str, *flags: str) -> None:
     """Run one of the stages in a process of its own. Its log and progress bar show; its report does not."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
+    launch(str(ROOT / script), *flags)
 
 
 def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
@@ -124,26 +95,20 @@ sys.exit(done.returncode)
 
 
 def launch(*command: str, threads: int | None = None) -> tuple[float, float, str]:
-    """Run Python with `command` on so many threads (None: the library's choice).
-
-    Returns:
-        Seconds, peak resident memory in MB (of the largest process), and standard output.
-    """
+    """Run Python on so many threads; return seconds, peak resident MB (of the largest process) and standard output."""
     chosen = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", LAUNCHER, sys.executable, *command], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), **chosen})
     if done.returncode:
-        raise InputError(f"a measured process ended with exit status {done.returncode}; its message stands above.")
+        script = next((Path(word).name for word in command if word.endswith(".py")), "a measured process")
+        raise InputError(f"{script} ended with exit status {done.returncode}; its message stands above.")
     result = json.loads(done.stdout)
     unit = 1 if sys.platform == "darwin" else 1024
     return result["seconds"], result["peak"] * unit / 1e6, result["output"]
 
 
 def interleave(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = False) -> dict[str, list[float]]:
-    """Measure all sides in turn, round after round, so that a slow minute of the machine meets all of them.
-
-    With `warm_up`, one more round comes first, which does not count.
-    """
+    """Measure all sides in turn, so that a slow minute of the machine meets all; a `warm_up` round does not count."""
     measured: dict[str, list[float]] = {name: [] for name in sides}
     for name in tqdm([*sides] * (rounds + warm_up), unit="run", disable=None):
         measured[name].append(sides[name]())
@@ -184,11 +149,7 @@ def provenance(command: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def read_results(path: Path) -> Iterator[Any]:
-    """The content of a results file; what the block does not find in it is the file's fault.
-
-    Raises:
-        InputError: no such file, no JSON, or not that of benchmark.py.
-    """
+    """The content of a results file; what the block does not find in it is the file's fault, and an InputError."""
     try:
         yield json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

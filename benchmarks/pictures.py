@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.transforms import Bbox
 
+from benchmarks.accuracy import newest_rows
 from benchmarks.baselines import BASELINES
-from benchmarks.tables import TAUGHT_BY, by_cell, overview_rows
+from benchmarks.tables import TAUGHT_BY, by_cell, overview_rows, read_points
 from util import picture
 
 
-def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel a data set: a dot for each model and seed, a line for each baseline."""
+def draw_accuracy(results: Path) -> None:
+    """accuracy.png, a panel a data set: a dot for each model and seed, a line for each baseline."""
+    rows = newest_rows(results / "accuracy.json")
     cells = by_cell(rows)
     data_sets = list(dict.fromkeys(row["data_set"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows if row["model"] not in BASELINES))
-    with picture(path, 1, len(data_sets), figsize=(1.5 + 4.5 * len(data_sets), 3.6), squeeze=False,
+    with picture(results / "accuracy.png", 1, len(data_sets), figsize=(1.5 + 4.5 * len(data_sets), 3.6), squeeze=False,
                  sharey=True) as (figure, panels):
         for axes, data_set in zip(panels[0], data_sets, strict=True):
             for place, model in enumerate(models):
@@ -30,15 +34,15 @@ def draw_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set(title=data_set, xlabel="accuracy on test, %", yticks=range(len(models)), yticklabels=models,
                      ylim=(len(models) - 0.5, -0.5))
             axes.grid(axis="x", alpha=0.3)
-        if panels[0][0].get_legend_handles_labels()[0]:
-            figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 
-def draw_answers(points: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against milliseconds a sentence: a colour a model, a shape a form."""
+def draw_answers(verb: str, results: Path) -> None:
+    """VERB.png, accuracy against milliseconds a sentence: a colour a model, a shape a form."""
+    points = read_points(verb, results)
     models, forms = (list(dict.fromkeys(point[key] for point in points)) for key in ("model", "form"))
     shapes = {form: "osD^vP*X"[place % 8] for place, form in enumerate(forms)}
-    with picture(path, figsize=(8, 4.5)) as (_, axes):
+    with picture(results / f"{verb}.png", figsize=(8, 4.5)) as (_, axes):
         for point in points:
             axes.plot(point["median_ms"], 100 * point["accuracy"], shapes[point["form"]], markersize=8,
                       color=f"C{models.index(point['model'])}", alpha=0.8)
@@ -51,13 +55,13 @@ def draw_answers(points: list[dict[str, Any]], path: Path) -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
-def draw_overview(results: Path, path: Path) -> None:
-    """Accuracy against milliseconds of the main models, each in its quickest form: a panel a data set."""
+def draw_overview(results: Path) -> None:
+    """overview.png, accuracy against milliseconds of the main models, each in its quickest form: a panel a data set."""
     rows = [(shown, accuracies, ms[0]) for shown, accuracies, ms, _ in overview_rows(results) if ms]
     if not rows:  # results of other data sets
         return
     colours = {"trained on the labels": "C0", "the same network, taught by MiniLM": "C1", "not of this toolkit": "0.45"}
-    with picture(path, 1, 2, figsize=(11, 4.8), sharex=True) as (figure, panels):
+    with picture(results / "overview.png", 1, 2, figsize=(11, 4.8), sharex=True) as (figure, panels):
         for axes, data_set, title in zip(panels, ("snips", "sst2"), ("Snips, 7 intents", "SST-2, sentiment"),
                                          strict=True):
             axes.set(title=title, xscale="log", xlabel="milliseconds a sentence, two CPU cores",
@@ -96,3 +100,7 @@ def place_labels(figure: Any, axes: Any, points: dict[str, tuple[float, float]])
             if axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and not box.count_overlaps(taken):
                 break
         taken.append(box)
+
+
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "accuracy": draw_accuracy, "chain": partial(draw_answers, "chain"), "inference": partial(draw_answers, "inference")}

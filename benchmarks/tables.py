@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import HELD_OUT, newest_rows
+from benchmarks.accuracy import newest_rows
 from benchmarks.baselines import BASELINES
 from benchmarks.harness import GLOVE_WORDS, read_results
 from cli.flags import did_you_mean
@@ -24,7 +24,7 @@ from sentence_classifier.errors import InputError
 from util import ROOT, atomic_write
 
 RESULTS = ROOT / "results"
-START, END = re.compile(r"<!-- table (\S+) -->"), "<!-- end -->"
+MARK = re.compile(r"<!-- (?:table (\S+)|end) -->")
 FORMS = ("ONNX int8", "ONNX")  # that the overview shows
 TAUGHT_BY = ", taught by MiniLM"
 # The overview's rows: what is shown, the model of the accuracy table, and the network (a taught one is as fast).
@@ -35,11 +35,7 @@ OVERVIEW = [("GNB", "gnb", "gnb"), ("CNN", "cnn", "cnn"), (f"CNN{TAUGHT_BY}", "c
 
 
 def table(name: str, results: Path = RESULTS) -> str:
-    """One of TABLES in Markdown, with a line on what was measured.
-
-    Raises:
-        InputError: there is no such table, or its results are missing.
-    """
+    """One of TABLES in Markdown, with a line on what was measured; an InputError says that it is not there."""
     if name not in TABLES:
         raise InputError(f"there is no table {name!r}{did_you_mean(name, TABLES)}; there are {', '.join(TABLES)}.")
     return TABLES[name](results)
@@ -47,9 +43,8 @@ def table(name: str, results: Path = RESULTS) -> str:
 
 def update_documents(paths: Iterable[Path], results: Path = RESULTS) -> list[Path]:
     """Write the tables between the marks of some documents anew. Returns the documents that changed."""
-    texts = {path: path.read_text(encoding="utf-8") for path in paths}
-    new = {path: with_tables(path, text, results) for path, text in texts.items()}
-    changed = [path for path in texts if new[path] != texts[path]]
+    new = {path: with_tables(path, path.read_text(encoding="utf-8"), results) for path in paths}
+    changed = [path for path, text in new.items() if text != path.read_text(encoding="utf-8")]
     for path in changed:
         with atomic_write(path) as file:
             file.write(new[path])
@@ -57,30 +52,26 @@ def update_documents(paths: Iterable[Path], results: Path = RESULTS) -> list[Pat
 
 
 def with_tables(path: Path, text: str, results: Path = RESULTS) -> str:
-    """A document's text with its tables as `results` has them.
-
-    Raises:
-        InputError: a mark names no table, or has no end.
-    """
+    """A document's text with its tables as `results` has them; an InputError names a line with a wrong mark."""
     lines: list[str] = []
-    opened = 0
-    for number, line in enumerate(text.split("\n"), 1):
-        start = START.fullmatch(line.strip())
-        if (start and opened) or (line.strip() == END and not opened):
-            raise InputError(f"{path}, line {number}: each <!-- table NAME --> needs one {END} after it, and here is "
-                             f"{'no end before the next' if start else 'an end without a start'}.")
-        if line.strip() == END:
-            opened = 0
-        if not opened:
-            lines.append(line)
-        if start:
-            opened = number
-            try:
-                lines += ["", table(start[1], results).strip("\n"), ""]
-            except InputError as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
-    if opened:
-        raise InputError(f"{path}, line {opened}: the table that begins here has no {END}.")
+    opened = number = 0
+    try:
+        for number, line in enumerate(text.split("\n"), 1):
+            mark = MARK.fullmatch(line.strip())
+            if mark and bool(mark[1]) == bool(opened):
+                raise InputError("each <!-- table NAME --> needs one <!-- end --> after it, and here is "
+                                 f"{'no end before the next' if opened else 'an end without a start'}.")
+            if mark or not opened:
+                lines.append(line)
+            if mark and mark[1]:
+                opened = number
+                lines += ["", table(mark[1], results).strip("\n"), ""]
+            elif mark:
+                opened = 0
+        if number := opened:
+            raise InputError("the table that begins here has no <!-- end -->.")
+    except InputError as error:
+        raise InputError(f"{path}, line {number}: {error}") from None
     return "\n".join(lines)
 
 
@@ -105,12 +96,18 @@ def ratios(name: str, results: Path) -> str:
         return markdown(["measured", "ratio", "absolute"], rows, "; ".join(found["notes"]))
 
 
+def read_points(name: str, results: Path) -> list[dict[str, Any]]:
+    """What inference, chain or int8 found of each model and form."""
+    with read_results(results / f"{name}.json") as found:
+        return found.get("points") or [{"model": model, "form": form, **got}
+                                       for model, forms in found["ways"].items() for form, got in forms.items()]
+
+
 def by_model(name: str, results: Path) -> str:
     """A column a model: how each form of it answers, then batches, cold starts and threads where they were measured."""
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     with read_results(results / f"{name}.json") as found:
-        points = found.get("points") or [{"model": model, "form": form, **got}
-                                         for model, forms in found["ways"].items() for form, got in forms.items()]
+        points = read_points(name, results)
         for point in points:
             size = f", {point['mb']:.0f} MB" if "mb" in point else ""
             cells[point["form"]][point["model"]] = (f"{number(point['median_ms'])} ms, "
@@ -156,17 +153,14 @@ def accuracy(results: Path) -> str:
 
 def accuracy_on(data_set: str, results: Path) -> str:
     """The accuracy of each model on one data set: the mean, and each seed."""
-    cells = by_cell(newest_rows(results / "accuracy.json"))
     rows = [[model, f"{statistics.mean(found):.2f}", ", ".join(f"{one:.2f}" for one in found)]
-            for (model, one), found in cells.items() if one == data_set]
+            for (model, one), found in by_cell(newest_rows(results / "accuracy.json")).items() if one == data_set]
     return markdown(["model", "accuracy, %", "seeds"], rows)
 
 
 def caption(rows: list[dict[str, Any]]) -> str:
     """What a reader of the accuracy table has to know."""
     said = ["Accuracy on test.txt, mean of the seeds (each in brackets)."]
-    if any(row["data_set"].endswith(HELD_OUT) for row in rows):
-        said.append("Held out: each fold of train.txt in turn, in the place of test.txt.")
     for name, words in sorted({(row["embedding"]["file"], row["embedding"]["words"] or 0) for row in rows
                                if "embedding" in row}):
         if words and words < 100_000:
@@ -189,28 +183,18 @@ def overview(results: Path) -> str:
 
 def overview_rows(results: Path) -> list[tuple[str, dict[str, float], list[float], list[float]]]:
     """What is shown, accuracies in percent by data set, milliseconds and megabytes: in int8 and fp32, or as trained."""
-    sizes: dict[tuple[str, str], float] = {}
     rows = newest_rows(results / "accuracy.json")
     cells = by_cell(rows)
-    times = {model: {"as trained": statistics.median(row["ms"] for row in rows if row["model"] == model
-                                                     and row["data_set"] == data_set)}
-             for model, data_set in cells if data_set == "snips"}
-    if (path := results / "inference.json").exists():
-        with read_results(path) as found:
-            for point in found["points"]:
-                if point["form"] in FORMS:
-                    times.setdefault(point["model"], {})[point["form"]] = point["median_ms"]
-    if (path := results / "int8.json").exists():
-        with read_results(path) as found:
-            sizes = {(model, form): got["mb"] for model, forms in found["ways"].items() for form, got in forms.items()}
+    times, sizes = ({(point["model"], point["form"]): point[key] for point in read_points(verb, results)}
+                    for verb, key in (("inference", "median_ms"), ("int8", "mb")))
     made = []
     for shown, model, network in OVERVIEW:
         accuracies = {data_set: statistics.mean(found) for (one, data_set), found in cells.items() if one == model}
-        of = times.get(network, {})
-        forms = [form for form in FORMS if form in of]
+        plain = [row["ms"] for row in rows if (row["model"], row["data_set"]) == (network, "snips")]
+        sides = [(network, form) for form in FORMS if (network, form) in times]
+        ms = [times[side] for side in sides] or ([statistics.median(plain)] if plain else [])
         if accuracies:
-            made.append((shown, accuracies, [of[form] for form in forms] or list(of.values()),
-                         [sizes[network, form] for form in forms if (network, form) in sizes]))
+            made.append((shown, accuracies, ms, [sizes[side] for side in sides if side in sizes]))
     return made
 
 
@@ -223,9 +207,8 @@ def commands(results: Path) -> str:
         return markdown(["command", "word vectors", "exit statuses", "valid, %", "test, %"], rows, found["about"])
 
 
-FIGURES = ("speed", "vectors", "memory", "augment", "finetune", "scale", "zero", "gpu")
+FIGURES = ("speed", "vectors", "augment", "finetune", "scale", "zero")
 TABLES: dict[str, Callable[[Path], str]] = {
-    "overview": overview, "accuracy": accuracy, "accuracy-snips": partial(accuracy_on, "snips"),
-    "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,
+    "overview": overview, "accuracy": accuracy, "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,
     **{name: partial(ratios, name) for name in FIGURES},
     **{name: partial(by_model, name) for name in ("inference", "chain", "int8")}}

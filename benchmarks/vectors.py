@@ -31,11 +31,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return float(output)
 
     seconds = interleave({how: partial(read, how) for how in ("numpy", "first", "second")}, args.sizes.rounds)
-    numpy, first, second = medians(seconds).values()
-    figures = [figure(f"reading vectors, {name}", one / two, f"{one:.2f} : {two:.3f} s")
-               for name, one, two in (("numpy line by line : first reading", numpy, first),
-                                      ("numpy line by line : second reading", numpy, second),
-                                      ("first : second reading", first, second))]
+    middle = medians(seconds)
+    figures = [figure(f"reading vectors, numpy line by line : {name} reading", middle["numpy"] / middle[name],
+                      f"{middle['numpy']:.2f} : {middle[name]:.3f} s") for name in ("first", "second")]
     megabytes = path.stat().st_size / 1e6
     figures.append(figure("peak memory of the first reading : size of the text", max(peaks) / megabytes,
                           f"{max(peaks):,.0f} : {megabytes:,.0f} MB"))

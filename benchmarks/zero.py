@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Bytes of optimizer state and peak memory, each stage in processes of its own."""
     found = {}
     for stage in tqdm(range(4), unit="stage", disable=None):
-        _, _, printed = launch("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m",
-                               "benchmarks.zero", str(stage), str(args.sizes.layers))
+        _, peak, printed = launch("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}", "-m",
+                                  "benchmarks.zero", str(stage), str(args.sizes.layers))
         rows = [json.loads(row) for row in re.findall("{.*?}", printed)]  # two may have got into a line
-        found[stage] = {key: max(row[key] for row in rows) for key in rows[0]}
+        found[stage] = {**{key: max(row[key] for row in rows) for key in rows[0]}, "peak": peak * 1e6}
     whole = found[0]
     figures = [figure(f"{what} of a process, ZeRO stage {stage} to no DeepSpeed", found[stage][key] / whole[key],
                       f"{found[stage][key] / 1e6:.0f} to {whole[key] / 1e6:.0f} MB")
@@ -58,8 +57,7 @@ def work(stage: int, layers: int) -> None:
     inner = optimizer.optimizer
     states = (inner.optimizer if stage else inner).state.values()
     state = sum(value.numel() * value.element_size() for one in states for value in one.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"state": state, "peak": peak, "parameters": parameters}), flush=True)
+    print(json.dumps({"state": state, "parameters": parameters}), flush=True)
     accelerator.wait_for_everyone()
 
 

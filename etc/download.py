@@ -16,26 +16,21 @@ from tqdm import tqdm
 from sentence_classifier.errors import InputError
 from util import sha256, sync_folder
 
-TIMEOUT = 30.0  # seconds without a byte
-
 
 def fetch(url: str, path: Path, checksum: str | None = None, force: bool = False) -> None:
     """Download `url` to `path`, or leave alone what is there already.
 
     The name appears when all bytes have come and the checksum is right. A transfer that breaks off leaves `path.part`,
     and the next call resumes it. Without a checksum, the caller must check what came: the server may have another
-    version by then.
+    version by then. An InputError says what failed, and what to do.
 
     Args:
         checksum: SHA-256 in hexadecimal.
         force: replace a file at `path` that has another checksum, or that cannot be checked.
-
-    Raises:
-        InputError: what failed, and what to do.
     """
-    if path.exists():
+    if path.exists() and not (force and checksum is None):
         found = checksum and sha256(path)
-        if found == checksum and not (force and checksum is None):
+        if found == checksum:
             print(f"{path}: already there", file=sys.stderr)
             return
         if not force:
@@ -60,17 +55,13 @@ def fetch(url: str, path: Path, checksum: str | None = None, force: bool = False
 
 
 def receive(url: str, part: Path) -> None:
-    """Download to `part`, from the byte on where it ends.
-
-    Raises:
-        OSError, HTTPException, ValueError: of the network, the disk, the address.
-    """
+    """Download to `part`, from the byte on where it ends; the errors are those of urllib and of the disk."""
     start = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "Mozilla/5.0 (etc/download.py)"}  # some hosts turn urllib's own name away
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (etc/download.py)"})  # else some refuse
     if start:
-        headers["Range"] = f"bytes={start}-"
+        request.add_header("Range", f"bytes={start}-")
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=30)  # seconds without a byte
     except urllib.error.HTTPError as error:
         if error.code != 416:
             raise

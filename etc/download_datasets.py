@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 import sys
@@ -39,33 +40,16 @@ from sentence_classifier.errors import InputError, fail_cleanly
 BASE_URL = "https://raw.githubusercontent.com/dsindex/iclassifier/HEAD/data"
 
 # SHA-256 of the files of each data set that comes as plain text.
-PLAIN = {
-    "snips": {
-        "train.txt": "b88219c9d1de39c43902a929fc40156bd5226bbe3917c8ef27741f81adb337a7",
-        "valid.txt": "57485f76ed00717ff6bfb775ac30128e8b285d21eed3125ce5f681bf42148e4a",
-        "test.txt": "f89d9eda3074066f22e52a665b001af48c1840bd8fb544e49b8a2c68fab581b2",
-    },
-    "sst2": {
-        "train.txt": "10a92a297ec38e262386e5a2713b4bc70e5d18ced88b7f54bd171a26e5b34ab5",
-        "valid.txt": "9a6c7403b71a9b762158387afe4431253ae10cdfb2319b5275289f3766f48291",
-        "test.txt": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
-    },
-}
+PLAIN: dict[str, dict[str, str]] = json.loads((ROOT / "etc" / "data_sets.json").read_text(encoding="utf-8"))
 
-AMAZON = "amazon_us_reviews"
-STARS = {"5": "positive", "1": "negative"}
-AMAZON_LIMIT = 512  # characters
+STARS = {"5": "positive", "1": "negative"}  # of Amazon's reviews
 # What data sets call their columns. The first that is there is taken.
 TEXT_COLUMNS = ("text", "sentence", "review_body")
 LABEL_COLUMNS = ("label", "star_rating")
 
 
 def hub_rows(dataset: str, task: str | None, split: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The rows of a data set of the hub, as a stream, each with the data set's features by column.
-
-    Raises:
-        InputError: it cannot be had.
-    """
+    """The rows of a data set of the hub as a stream, with its columns' features; an InputError says what failed."""
     os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"  # versions before 4 could run a data set's own script
     try:
         import datasets
@@ -77,11 +61,9 @@ def hub_rows(dataset: str, task: str | None, split: str) -> Iterator[tuple[dict[
             yield row, opened.features or {}
     except Exception as error:  # of the network, of many file formats: they share no base class
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise InputError(
-            f"{dataset}: cannot be read to its end from the hub ({reason}); correct --task_name and --split, name a "
-            "mirror (--dataset_name OWNER/NAME --text_column ... --label_column ...), or put a file of sentence TAB "
-            "label lines in place by hand."
-        ) from None
+        raise InputError(f"{dataset}: cannot be read to its end from the hub ({reason}); correct --task_name and "
+                         "--split, name a mirror (--dataset_name OWNER/NAME --text_column ... --label_column ...), or "
+                         "put a file of sentence TAB label lines in place by hand.") from None
 
 
 def find_column(given: str | None, usual: tuple[str, ...], row: dict[str, Any], flag: str) -> str:
@@ -93,11 +75,7 @@ def find_column(given: str | None, usual: tuple[str, ...], row: dict[str, Any], 
 
 
 def one_line(value: Any, column: str) -> str:
-    """A cell's text with blanks, line ends and HTML's <br /> as single blanks; empty where there is none.
-
-    Raises:
-        InputError: the cell holds a list or the like.
-    """
+    """A cell's text with blanks, line ends and HTML's <br /> as single blanks; a list or the like is an InputError."""
     if not isinstance(value, str | int | float | None):
         raise InputError(f"the column {column} holds a {type(value).__name__}; choose --text_column and "
                          "--label_column that hold one text or number a row.")
@@ -106,11 +84,7 @@ def one_line(value: Any, column: str) -> str:
 
 
 def write_hub(args: argparse.Namespace, out: TextIO) -> None:
-    """Write a data set of the hub to `out` and count on standard error what was left out.
-
-    Raises:
-        InputError: it cannot be had, or has no usable row.
-    """
+    """Write a data set of the hub to `out`, and count on standard error what was left out."""
     counts: Counter[str] = Counter()
     rows = hub_rows(args.dataset_name, args.task_name, args.split or "train")
     for row, features in tqdm(rows, desc=args.dataset_name, unit=" rows"):
@@ -120,8 +94,8 @@ def write_hub(args: argparse.Namespace, out: TextIO) -> None:
         names = getattr(features.get(label_column), "names", None)
         if names and isinstance(row[label_column], int):  # a class by its number, -1 in test sets without labels
             label = one_line(dict(enumerate(names)).get(row[label_column]), label_column)
-        if label_column == "star_rating" or args.dataset_name.rpartition("/")[2] == AMAZON:
-            text, label = shorten(text, AMAZON_LIMIT, placeholder=""), STARS.get(label.removesuffix(".0"), "")
+        if label_column == "star_rating" or args.dataset_name.rpartition("/")[2] == "amazon_us_reviews":
+            text, label = shorten(text, 512, placeholder=""), STARS.get(label.removesuffix(".0"), "")
         kind = "without a text" if not text else "without a label that counts" if not label else "written"
         counts[kind] += 1
         if kind == "written":

@@ -30,11 +30,7 @@ URL = "https://nlp.stanford.edu/data/glove.6B.zip"
 
 
 def unpack(archive: Path, name: str, path: Path) -> None:
-    """Unpack the member `name` of a zip file to `path`; zipfile verifies its CRC-32 on the way.
-
-    Raises:
-        InputError: the zip file is damaged or has no such member, or `path` cannot be written.
-    """
+    """Unpack the member `name` of a zip file, whose CRC-32 zipfile verifies; an InputError says what is wrong."""
     try:
         with zipfile.ZipFile(archive) as opened:
             if name not in opened.namelist():

@@ -26,11 +26,7 @@ from util import sync_folder
 
 
 def choose(files: list[str], name: str) -> list[str]:
-    """Of a model's files on the hub those that it is loaded from; what lies in subfolders has other formats.
-
-    Raises:
-        InputError: it lacks a config, or weights that can be read safely.
-    """
+    """The files that a model is loaded from (subfolders hold other formats); an InputError says what it lacks."""
     patterns = ("model*.safetensors", "*.json", "*.txt", "*.model")  # *.model: a SentencePiece vocabulary
     files = [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)]
     if not any(file.endswith(".safetensors") for file in files):
@@ -43,11 +39,7 @@ def choose(files: list[str], name: str) -> list[str]:
 
 
 def fetch_model(name: str, revision: str, folder: Path) -> None:
-    """Download a model of the hub to `folder`, which must be missing or empty, whole or not at all.
-
-    Raises:
-        InputError: what failed, and what to do.
-    """
+    """Download a model to `folder`, missing or empty, whole or not at all; an InputError says what failed."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     hub = HfApi()

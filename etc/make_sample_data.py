@@ -30,7 +30,6 @@ from util import atomic_write
 TEMPLATES: dict[str, dict[str, dict[str, list[str]]]] = json.loads(
     (ROOT / "etc" / "sample_templates.json").read_text(encoding="utf-8"))
 SLOTS, INTENTS = TEMPLATES["slots"], TEMPLATES["intents"]
-NONE = "none_of_these"
 # The intents whose imperatives, which start with {do}, can stand inside other sentences: "text mark to {request}".
 QUOTED = ["play_music", "book_table", "make_call", "control_home", "get_directions"]
 
@@ -57,8 +56,8 @@ class Writer:
 
     def draw(self, pool: dict[str, list[str]], split: str, own_share: float) -> str:
         """A template or value, with the chance `own_share` one that train lacks."""
-        own = pool.get(split) if split != "train" else None
-        return self.choose(own if own and self.random.random() < own_share else pool["train"])
+        own = split != "train" and split in pool and self.random.random() < own_share
+        return self.choose(pool[split if own else "train"])
 
     def value(self, slot: str, split: str) -> str:
         """A slot value that may hold slots itself."""
@@ -72,31 +71,27 @@ class Writer:
                 return template.removeprefix("{do} ")
 
     def sentence(self, intent: str, split: str) -> str:
-        """One sentence, possibly one that was drawn before."""
-        template = self.draw(INTENTS[intent], split, OWN_TEMPLATE[split])
-        if template.startswith("{do}") and self.random.random() < TAIL_SHARE:
-            template += " {tail}"
-        if self.random.random() < LEAD_SHARE:
-            template = "{lead} " + template
-        while SLOT.search(template):
-            template = SLOT.sub(lambda match: self.value(match[1], split), template)
-        return ARTICLE.sub("an", " ".join(template.split()))
-
-    def new_sentence(self, intent: str, split: str) -> str:
         """One sentence that no split has yet."""
         for _ in range(1000):
-            sentence = self.sentence(intent, split)
+            sentence = self.draw(INTENTS[intent], split, OWN_TEMPLATE[split])
+            if sentence.startswith("{do}") and self.random.random() < TAIL_SHARE:
+                sentence += " {tail}"
+            if self.random.random() < LEAD_SHARE:
+                sentence = "{lead} " + sentence
+            while SLOT.search(sentence):
+                sentence = SLOT.sub(lambda match: self.value(match[1], split), sentence)
+            sentence = ARTICLE.sub("an", " ".join(sentence.split()))
             if sentence not in self.seen:
                 self.seen.add(sentence)
                 return sentence
         raise InputError(f"sample_templates.json: {intent} has too few templates for {split}.txt; write some more.")
 
     def lines(self, split: str) -> list[str]:
-        """All lines of a split in random order: every intent equally often, and NONE takes what is left over."""
+        """All lines of a split in random order: every intent equally often, and none_of_these takes the rest."""
         share = int(SPLITS[split] / (len(INTENTS) + 0.25))
         intents = [intent for intent in INTENTS for _ in range(share)]
-        intents += [NONE] * (SPLITS[split] - len(intents))
-        lines = [f"{self.new_sentence(intent, split)}\t{intent}\n" for intent in intents]
+        intents += ["none_of_these"] * (SPLITS[split] - len(intents))
+        lines = [f"{self.sentence(intent, split)}\t{intent}\n" for intent in intents]
         return sorted(lines, key=lambda _: self.random.random())
 
 

@@ -25,12 +25,7 @@ from util import atomic_write
 
 
 def split(lines: list[str], seed: int) -> dict[str, list[str]]:
-    """Deal lines out at random: a tenth to valid, a fifth to test, at least one to each, the rest to train.
-
-    Args:
-        lines: three or more.
-        seed: decides the order.
-    """
+    """Deal three lines or more by a seed: a tenth to valid, a fifth to test, at least one each, the rest to train."""
     shuffled = list(lines)
     random.Random(seed).shuffle(shuffled)
     valid = max(1, len(lines) // 10)

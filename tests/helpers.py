@@ -39,6 +39,19 @@ COVERED = ("play", "on", "in", "will", "rain", "weather", "book", "reserve", "te
            "seven", "monday", "rock", "a", "for", "the", "of", "and", "cat", "Dog", "new york")
 
 
+def run_benchmark(*argv: Any) -> None:
+    """Run benchmark.py with tiny sizes."""
+    import benchmark
+    from benchmarks.harness import Sizes
+
+    small = Sizes(rounds=1, warm_up_steps=1, bucketed_steps=2, padded_steps=1, tables=(3000, 1000), words=300,
+                  dimension=20, lines=(300, 1500), subword_lines=200, epochs=1, vocabulary=100,
+                  train_flags="--epoch=1 --max_train_steps=3", settings=2, layers=1, sentences=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "Sizes", lambda: small)
+        benchmark.main([*map(str, argv)])
+
+
 def make_config(encoder: str = "cnn", /, **changes: Any) -> dict[str, Any]:
     """A tiny config of an encoder."""
     densenet = {"densenet_first_num_filters": 6, "densenet_num_filters": 4, "densenet_last_num_filters": 7}

@@ -1,4 +1,4 @@
-"""accuracy.py, runs.py and baselines.py, with tiny models or none."""
+"""accuracy.py and baselines.py, with tiny models or none."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ import pytest
 from architectures import make_model
 from conftest import Place
 from helpers import ROOT, refusal, write_config
+from helpers import run_benchmark as run
 
 import augment_data
 import benchmark
 import fastformers
 import train
-from benchmarks import accuracy, baselines, chain, recipes, runs
+from benchmarks import accuracy, baselines, harness, recipes
 from text.lines import TsvReader
 
 
 def result(name: str) -> dict[str, Any]:
     return json.loads(Path("results", f"{name}.json").read_text(encoding="utf-8"))
-
-
-def run(*argv: Any) -> None:
-    benchmark.main(["--small", *map(str, argv)])
 
 
 @pytest.fixture
@@ -51,7 +48,6 @@ def test_accuracy_runs_the_stages_and_the_baselines(raw: Place, configs: None,
         assert row["ms"] > 0 and row["train_seconds"] > 0 and 0 <= row["valid_accuracy"] <= 1
         assert f"| {row['model']} | {100 * row['accuracy']:.2f} |\n" in printed
     assert rows[0]["embedding"] == {"file": "vectors.txt", "words": 24}
-    assert rows[0]["raw_accuracy"] == rows[0]["accuracy"]
     assert rows[1]["settings_tried"] == 2 and rows[1]["setting"]["C"] in (0.1, 0.3, 1.0)
     assert "subset of 24 words" in printed
     assert Path("results/accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -66,8 +62,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Stages replaced by a list of what was trained."""
     done: list[tuple[str, int]] = []
 
-    def train_and_test(args: Any, data: Path, name: str, flags: list[str], key: dict[str, Any]) -> dict[str, Any]:
-        seed = key["seed"]
+    def train_and_test(args: Any, data: Path, flags: list[str], key: dict[str, Any]) -> dict[str, Any]:
+        name, seed = key["model"], key["seed"]
         if len(done) == 2 and seed == 3:
             raise KeyboardInterrupt
         done.append((name, seed))
@@ -76,8 +72,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def encode(source: Path, folder: Path, config: str, *flags: str) -> None:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(runs, "train_and_test", train_and_test)
-    monkeypatch.setattr(accuracy, "encode", encode)
+    monkeypatch.setattr(accuracy, "train_and_test", train_and_test)
+    monkeypatch.setattr(harness, "encode", encode)
     monkeypatch.setattr(accuracy, "BASELINES", {"TF-IDF + linear SVM": accuracy.BASELINES["TF-IDF + linear SVM"]})
     return done
 
@@ -137,8 +133,8 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     make_model("BERT", bert, [example.sentence for example in TsvReader(source / "train.txt")])
     monkeypatch.setitem(recipes.CONFIGS, "cnn-taught", recipes.CONFIGS["cnn"])
     flags = "--n_iter=2 --analyzer=hanta"
-    monkeypatch.setattr(chain, "BY_ONE", one := recipes.Teaching([(recipes.TEACHER, 1)], flags))
-    two = recipes.Teaching([(recipes.TEACHER, 1), ("minilm-cnn", 1)], flags)
+    one = {"teachers": [(recipes.TEACHER, 1)], "augment_flags": flags}
+    two = {"teachers": [(recipes.TEACHER, 1), ("minilm-cnn", 1)], "augment_flags": flags}
     for model in recipes.TAUGHT:
         monkeypatch.setitem(recipes.TAUGHT, model, two if model == "minilm-cls-taught" else one)
     for model in ("minilm-3-augmented", "minilm-3-pruned"):
@@ -170,27 +166,6 @@ def test_students(raw: Place, configs: None, monkeypatch: pytest.MonkeyPatch,
     assert Path("results/chain.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_folds_hold_each_training_sentence_out_once(raw: Place, tmp_path: Path) -> None:
-    whole = (raw.data / "train.txt").read_text().splitlines()
-    tested = []
-    for fold in range(3):
-        folder = accuracy.hold_out(raw.data, tmp_path / str(fold), fold, 3)
-        train, test = ((folder / name).read_text().splitlines() for name in ("train.txt", "test.txt"))
-        assert sorted(train + test) == sorted(whole) and test
-        tested += test
-        assert (folder / "valid.txt").read_bytes() == (raw.data / "valid.txt").read_bytes()
-    assert sorted(tested) == sorted(whole)
-
-
-def test_folds(encoded: Place, configs: None, trained: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch,
-               capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(accuracy, "encoded_facts", lambda folder: {"vectors": 3})
-    run("accuracy", "--data_sets", encoded.data, "--models", "gnb", "--folds", 2)
-    assert trained == [("gnb", 1), ("gnb", 2)]
-    assert "| gnb | 90.15 (90.10, 90.20) |\n" in capsys.readouterr().out
-    assert {row["data_set"] for row in result("accuracy")["rows"]} == {"data, held out"}
-
-
 def test_the_code_hash_is_of_definitions_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(helpers, "ROOT", tmp_path)
 
@@ -216,28 +191,24 @@ def test_recipes_are_whole(tmp_path: Path) -> None:
         assert set(re.findall(r"\{(.*?)\}", flags)) <= {*recipes.CONFIGS, "augmented"}
         script.get_params([f"--config={ROOT / recipes.CONFIGS[model]}", *named.split()])
     for teaching in recipes.TAUGHT.values():
-        assert {model for model, _ in teaching.teachers} <= set(recipes.CONFIGS)
-        augment_data.get_params(["--input=a", "--output=b", *teaching.augment_flags.split()])
+        assert {model for model, _ in teaching["teachers"]} <= set(recipes.CONFIGS)
+        augment_data.get_params(["--input=a", "--output=b", *teaching["augment_flags"].split()])
 
 
 def test_a_kept_run_of_another_recipe_is_moved_aside(tmp_path: Path) -> None:
-    folder = runs.keep_run(tmp_path / "run", "a", force=False)
+    folder = tmp_path / "run"
+    accuracy.keep_run(folder, "a", force=False)
     (folder / "model.pt.state").touch()
     for force in (False, True):
-        runs.keep_run(folder, "a", force)
+        accuracy.keep_run(folder, "a", force)
         assert (folder / "model.pt.state").exists()  # cut off: goes on
-    runs.keep_run(folder, "b", force=False)
+    accuracy.keep_run(folder, "b", force=False)
     assert (tmp_path / "run.previous/model.pt.state").exists() and not (folder / "model.pt.state").exists()
     (folder / "model.pt.train.json").touch()
-    runs.keep_run(folder, "b", force=False)
+    accuracy.keep_run(folder, "b", force=False)
     assert (folder / "model.pt.train.json").exists()
-    runs.keep_run(folder, "b", force=True)
+    accuracy.keep_run(folder, "b", force=True)
     assert (tmp_path / "run.previous.2/model.pt.train.json").exists()
-
-
-def test_one_fold_leaves_nothing_to_train_on(raw: Place) -> None:
-    assert "give 2 or more" in refusal(benchmark.main, "accuracy", "--data_sets", raw.data, "--models", "gnb",
-                                       "--folds", 1)
 
 
 @pytest.mark.parametrize("name", baselines.BASELINES)

@@ -15,10 +15,8 @@ from benchmarks import pictures, tables
 from benchmarks.harness import read_results
 from sentence_classifier.errors import InputError
 
-MEASURED = [name for name in tables.TABLES if name != "gpu"]  # no such file is kept
 
-
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_a_table_is_short_and_tells_no_machine(name: str) -> None:
     made = tables.table(name)
     rows = [line for line in made.splitlines() if line.startswith("|")]
@@ -37,13 +35,14 @@ def test_the_overview_has_the_models_and_their_peers() -> None:
 
 
 def test_the_overview_takes_what_there_is(tmp_path: Path) -> None:
-    shutil.copy(tables.RESULTS / "accuracy.json", tmp_path)
-    assert all(len(ms) == 1 and mb == [] for _, _, ms, mb in tables.overview_rows(tmp_path))
+    for name in ("accuracy", "inference", "int8"):
+        shutil.copy(tables.RESULTS / f"{name}.json", tmp_path)
     rows = [row for row in json.loads((tmp_path / "accuracy.json").read_text())["rows"] if row["model"] == "gnb"]
     (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
     assert [row[0] for row in tables.overview_rows(tmp_path)] == ["GNB"]
-    with pytest.raises(InputError, match=r"inference\.json: cannot be read"):
-        tables.table("inference", tmp_path)
+    (tmp_path / "inference.json").unlink()
+    with pytest.raises(InputError, match=r"a\.md, line 1: .*inference\.json: cannot be read"):
+        tables.with_tables(Path("a.md"), "<!-- table inference -->\n<!-- end -->", tmp_path)
 
 
 def test_labels_of_the_picture_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +55,8 @@ def test_labels_of_the_picture_lie_apart(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(boxes[-1]) == len(points)
 
     monkeypatch.setattr(pictures, "place_labels", watched)
-    pictures.draw_overview(tables.RESULTS, tmp_path / "overview.png")
+    shutil.copytree(tables.RESULTS, tmp_path, dirs_exist_ok=True)
+    pictures.draw_overview(tmp_path)
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG") and len(boxes) == 2
     for panel in boxes:
         assert sum(box.count_overlaps(panel) for box in panel) == len(panel)  # each meets itself alone
@@ -64,12 +64,12 @@ def test_labels_of_the_picture_lie_apart(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_documents_are_filled_and_then_left_alone(tmp_path: Path) -> None:
     first, second = tmp_path / "a.md", tmp_path / "b.md"
-    first.write_text("# A\n\n<!-- table speed -->\nstale\n<!-- end -->\nkept\n<!-- table memory -->\n<!-- end -->")
+    first.write_text("# A\n\n<!-- table speed -->\nstale\n<!-- end -->\nkept\n<!-- table vectors -->\n<!-- end -->")
     second.write_text("Write `<!-- table speed -->` where a table goes.\n")
     assert tables.update_documents([first, second]) == [first]
-    speed, memory = (tables.table(name).strip() for name in ("speed", "memory"))
+    speed, vectors = (tables.table(name).strip() for name in ("speed", "vectors"))
     assert first.read_text() == (f"# A\n\n<!-- table speed -->\n\n{speed}\n\n<!-- end -->\nkept\n"
-                                 f"<!-- table memory -->\n\n{memory}\n\n<!-- end -->")
+                                 f"<!-- table vectors -->\n\n{vectors}\n\n<!-- end -->")
     assert tables.update_documents([first, second]) == []
 
 
@@ -77,8 +77,7 @@ def test_documents_are_filled_and_then_left_alone(tmp_path: Path) -> None:
     ("\n<!-- table sped -->\n<!-- end -->", r"a\.md, line 2: there is no table 'sped' \(did you mean 'speed'\?\)"),
     ("<!-- table speed -->\nmore", r"a\.md, line 1: .*no <!-- end -->"),
     ("<!-- end -->", r"a\.md, line 1: .*an end without a start"),
-    ("<!-- table speed -->\n<!-- table memory -->\n<!-- end -->", r"a\.md, line 2: .*no end before the next"),
-    ("<!-- table gpu -->\n<!-- end -->", r"a\.md, line 1: .*gpu\.json: cannot be read")])
+    ("<!-- table speed -->\n<!-- table vectors -->\n<!-- end -->", r"a\.md, line 2: .*no end before the next")])
 def test_a_wrong_mark_changes_no_document(tmp_path: Path, text: str, message: str) -> None:
     stale = "<!-- table speed -->\nstale\n<!-- end -->\n"
     (tmp_path / "0.md").write_text(stale)
