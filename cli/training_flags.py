@@ -6,7 +6,7 @@ train.py and fastformers.py have all of them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,7 @@ class Flag:
     shared: bool | None = None
     says_default: str = ""
     metavar: str | None = None
+    nargs: str | None = None
     action: Any = None
 
     @property
@@ -108,7 +109,8 @@ class Flag:
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add the flag to a group of a parser."""
         switch = {"action": self.action, "default": bool(self.default)}
-        valued = {"type": self.type, "choices": self.choices, "metavar": self.metavar, "default": self.default}
+        valued = {"type": self.type, "choices": self.choices, "metavar": self.metavar, "default": self.default,
+                  "nargs": self.nargs}
         default = self.says_default or ("" if self.default is None or self.action else str(self.default))
         if self.in_config:
             default = f"the config's, else {default}" if default else "the config's"
@@ -217,10 +219,10 @@ DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision")
 SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}
 
 
-def add_training_flags(parser: Parser) -> None:
-    """Add the table's flags, and those that training shares with other stages."""
+def add_flags(parser: Parser, table: Iterable[Flag]) -> None:
+    """Add flags in their groups, with those that training shares with other stages."""
     groups: dict[Group, argparse._ArgumentGroup] = {}
-    for flag in TABLE:
+    for flag in table:
         if flag.group not in groups:
             group = groups[flag.group] = parser.add_argument_group(flag.group.title)
             if flag.group is FILES:
