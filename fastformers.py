@@ -142,7 +142,7 @@ def load_teacher(args: argparse.Namespace) -> Checkpoint:
 
 def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Train a student on what a teacher answers."""
-    from training.distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
+    from training.distillation import DistillationTrainer, Teacher, answer, student_from_teacher
     from training.run import load_data
 
     others = {name: read_curve(name) for name in args.compare_with or ()}
@@ -157,7 +157,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
         if args.mpl_data_path:
             notes["mpl_history"] = learn_pseudo_labels(begun, teacher)
             teacher.model.load_state_dict(checkpoint.model)  # the one that answered
-        trainer = DistillationTrainer(replace(begun, train=TaughtData(begun.train.path, logits)), teacher)
+        trainer = DistillationTrainer(begun, teacher, logits)
         trainer.notes = notes
         return trainer
 

@@ -71,7 +71,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
 
-    from training.distributed import end_processes
     from util import setup_logging
 
     setup_logging(args.log_path)
@@ -83,8 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         parse_with_config(parser, [f"--config={args.config}"])  # the config's settings as defaults
         search(args, parser, get_params, run, load_data(args, config, encoded_kind(config)))
     else:
+        from accelerate import PartialState
+
         run(args, config)
-        end_processes()
+        PartialState().destroy_process_group()
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],

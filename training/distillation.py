@@ -20,7 +20,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,18 +212,6 @@ class TaughtBatch(Batch):
     teacher_logits: Tensor | None = None
 
 
-class TaughtData(EncodedData):
-    """Encoded data with the teacher's answers [N, C]."""
-
-    def __init__(self, path: Path, logits: np.ndarray) -> None:
-        super().__init__(path)
-        self.logits = logits
-
-    def batch(self, indices: Sequence[int]) -> TaughtBatch:
-        answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
-        return TaughtBatch(**vars(super().batch(indices)), teacher_logits=answers)
-
-
 def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, config: dict[str, Any],
                          train: EncodedData) -> Classifier:
     """A student whose transformer begins as --student_init_layers of the teacher's, with its embeddings.
@@ -274,7 +261,7 @@ class DistillationTrainer(Trainer):
     """Trains a student by the loss at the head of this file.
 
     Args:
-        run: its training data hold the teacher's logits.
+        logits: the teacher's for the training data [N, C].
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -283,8 +270,9 @@ class DistillationTrainer(Trainer):
     decisive = (*Trainer.decisive, "teacher_sha256", "hard_loss_ratio", "state_loss_ratio",
                 "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
 
-    def __init__(self, run: Run, teacher: Teacher) -> None:
+    def __init__(self, run: Run, teacher: Teacher, logits: np.ndarray) -> None:
         self.teacher = teacher.to(run.accelerator.device).eval()
+        self.logits = logits
         self.student: Any = run.model.embedding
         self.guide: Any = teacher.model.embedding
         self.inside = bool(run.args.state_loss_ratio or run.args.att_loss_ratio)
@@ -317,6 +305,10 @@ class DistillationTrainer(Trainer):
             # A part of the model, so that it is optimized, clipped and resumed with it; checkpoints leave it out.
             self.projection = nn.Linear(*widths)
             model.add_module("projection", self.projection)
+
+    def read_batch(self, indices: Sequence[int]) -> TaughtBatch:
+        answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
+        return TaughtBatch(**vars(super().read_batch(indices)), teacher_logits=answers)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One pass: the loss of each example [B], and the student's logits [B, C]."""

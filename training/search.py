@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import hashlib
 import json
 import logging
@@ -196,25 +195,13 @@ class Search:
 
     def run_trial(self) -> None:
         """Run one trial to its end, and free its memory."""
-        raised: list[Exception] = []
-
-        def objective(trial: Trial) -> float:
-            try:
-                return self.objective(trial)
-            except Exception as error:
-                raised.append(error)
-                raise
-
-        try:
-            self.study.optimize(objective, n_trials=1, catch=NoScore)
+        try:  # gc: an error and the frames in its traceback refer to each other, and these hold the trial's model
+            self.study.optimize(self.objective, n_trials=1, catch=NoScore, gc_after_trial=True)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
             # Optuna refuses the result of a trial that other workers have given up; other errors are training's own.
-            if error in raised or self.study.get_trials(deepcopy=False)[self.number].state.name != "FAIL":
+            if isinstance(error, ValueError) and not str(error).startswith("Cannot tell a FAIL trial"):
                 raise
             logger.warning("[trial %d] was given up by other workers while this one was suspended", self.number)
-        finally:  # An error and the frames in its traceback refer to each other, and these hold the trial's model.
-            raised.clear()
-            gc.collect()
 
     def give_up_lost_trials(self) -> None:
         """Mark the trials of dead workers failed."""

@@ -16,13 +16,14 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,15 +33,7 @@ from dataset import Batch, BucketSampler, prefetch, shard
 from pretrained.surgery import merged_weights
 from sentence_classifier.errors import InputError
 from training.curves import Curves
-from training.distributed import (
-    gather,
-    is_sharded,
-    load_optimizer_state,
-    optimizer_state,
-    prepare,
-    total,
-    whole_weights,
-)
+from training.distributed import is_sharded, load_optimizer_state, optimizer_state, prepare, total, whole_weights
 from training.losses import (
     WeightAverage,
     balanced_class_weights,
@@ -220,7 +213,7 @@ class Trainer:
                     "scheduler": {"last_epoch": self.scheduler.last_epoch},
                     "average": self.average.state_dict() if self.average else None,
                     "quantization": self.quantization.state_dict() if self.quantization else None,
-                    "random": gather(random, self.accelerator),
+                    "random": gather_object([random]),
                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 }
             if self.accelerator.is_main_process:
@@ -326,10 +319,14 @@ class Trainer:
         steps = self.sampler.batches()[self.progress.position :]
         parts = functools.partial(shard, size=self.args.batch_size, processes=self.processes,
                                   process=self.accelerator.process_index)
-        batches = prefetch(self.train_data.batch, (part for step in steps for part in parts(step)),
+        batches = prefetch(self.read_batch, (part for step in steps for part in parts(step)),
                            self.accelerator.device.type == "cuda")
         for step in steps:
             yield [next(batches) for _ in parts(step)], len(step)
+
+    def read_batch(self, indices: Sequence[int]) -> Batch:
+        """The training data's batch of the examples at `indices`. A subclass may add to it."""
+        return self.train_data.batch(indices)
 
     def train_step(self, group: list[Batch], examples: int) -> None:
         """One optimizer step, down the gradient of the mean over the examples of all processes' batches.

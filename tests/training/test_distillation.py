@@ -27,7 +27,6 @@ from sentence_classifier.labels import Labels
 from training import distillation
 from training.distillation import (
     DistillationTrainer,
-    TaughtData,
     Teacher,
     answer,
     attention_loss,
@@ -205,13 +204,14 @@ def make_trainer(place: Place, *flags: str, **changes: Any) -> DistillationTrain
            "state_distill_cs": False, "logging_steps": 2, "log_evaluate_during_training": False}
     args = argparse.Namespace(**{**vars(args), **own, **changes})
     teacher, data = load(place), EncodedData(place.data / "train.txt.ids")
-    taught = TaughtData(data.path, answer(teacher, data, False, 8, torch.device("cpu")))
+    logits = answer(teacher, data, False, 8, torch.device("cpu"))
     model = load(place).model
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     valid = EncodedData(place.data / "valid.txt.ids")
-    return DistillationTrainer(Run(args, taught, valid, make_run_info(), model, Accelerator(cpu=True)), teacher)
+    run = Run(args, data, valid, make_run_info(), model, Accelerator(cpu=True))
+    return DistillationTrainer(run, teacher, logits)
 
 
 def test_the_loss_is_the_sum_of_its_parts(trained: Place) -> None:
@@ -257,9 +257,7 @@ def test_models_that_tell_what_they_compute_inside(name: str, says: str | None, 
 
 def test_batches_bring_the_answers_of_their_sentences(trained: Place) -> None:
     trainer = make_trainer(trained)
-    assert isinstance(trainer.train_data, TaughtData)
-    logits = trainer.train_data.logits
-    batch = trainer.train_data.batch([4, 0, 9])
-    assert torch.equal(batch.teacher_logits, torch.from_numpy(logits[[4, 0, 9]]))
+    batch = trainer.read_batch([4, 0, 9])
+    assert torch.equal(batch.teacher_logits, torch.from_numpy(trainer.logits[[4, 0, 9]]))
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.teacher_logits, batch.teacher_logits) and torch.equal(moved.targets, batch.targets)
