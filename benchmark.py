@@ -24,20 +24,13 @@ import logging
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import SMALL, Sizes, provenance, read_results
 from benchmarks.recipes import CONFIGS, INFERENCE_MODELS, TAUGHT
-from cli.flags import (
-    EMBEDDING_PATH,
-    Parser,
-    add_bert_flag,
-    add_config_flag,
-    add_data_dir_flag,
-    did_you_mean,
-    natural_int,
-    positive_int,
-)
+from cli.flags import EMBEDDING_PATH, Parser, did_you_mean, natural_int, positive_int
+from cli.training_flags import FLAGS
 from sentence_classifier.errors import InputError, fail_cleanly
 from util import ROOT, write_json
 
@@ -64,10 +57,10 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
                        help="inference, int8, accuracy: keep the trained models here, take those that are there, and "
                             "go on with those that were cut off (default: train anew)")
     speed = parser.add_argument_group("speed")
-    add_config_flag(speed, CONFIGS["cnn"])
-    add_data_dir_flag(speed)
+    replace(FLAGS["config"], default=CONFIGS["cnn"]).add_to(speed)
+    FLAGS["data_dir"].add_to(speed)
     transformers = parser.add_argument_group("finetune, scale, gpu, and accuracy of minilm-*")
-    add_bert_flag(transformers, "embeddings/all-MiniLM-L6-v2")
+    replace(FLAGS["bert_model_name_or_path"], default="embeddings/all-MiniLM-L6-v2").add_to(transformers)
     inference = parser.add_argument_group("inference, int8")
     inference.add_argument("--inference_models", nargs="+", default=INFERENCE_MODELS, choices=INFERENCE_MODELS,
                            metavar="MODEL", help=f"models to measure (default: {' '.join(INFERENCE_MODELS)})")

@@ -136,24 +136,3 @@ def one_of(args: argparse.Namespace, *flags: str) -> str | None:
     if len(chosen) > 1:
         Parser(None).error(f"{' and '.join(f'--{flag}' for flag in chosen)}: choose one of them")
     return chosen[0] if chosen else None
-
-
-def add_config_flag(group: argparse._ArgumentGroup, default: str | None) -> None:
-    group.add_argument("--config", default=default, help="The model's JSON config (default: "
-                       f"{default or 'what the checkpoint was trained with'}).")
-
-
-def add_data_dir_flag(group: argparse._ArgumentGroup, default: str | None = DATA_DIR) -> None:
-    group.add_argument("--data_dir", default=default,
-                       help="The folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them "
-                            f"(default: {default or 'where the checkpoint was trained'}).")
-
-
-def add_bert_flag(group: argparse._ArgumentGroup, default: str = "bert-base-uncased") -> None:
-    group.add_argument("--bert_model_name_or_path", default=default,
-                       help="The pretrained transformer: a folder or a hub name (default: %(default)s).")
-
-
-def add_device_flag(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", help="Compute on cpu, cuda, cuda:1, mps ... (default: cuda where there is one, "
-                                        "else cpu).")

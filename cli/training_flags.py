@@ -10,17 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cli.flags import (
-    Parser,
-    add_config_flag,
-    add_data_dir_flag,
-    add_device_flag,
-    natural_int,
-    number,
-    number_list,
-    one_of,
-    positive_int,
-)
+from cli.flags import DATA_DIR, Parser, natural_int, number, number_list, one_of, positive_int
 from sentence_classifier.errors import FlagError
 from sentence_classifier.tokenizers import SUBWORDS, WORDS
 
@@ -120,6 +110,9 @@ class Flag:
 
 
 TABLE = (
+    Flag("config", FILES, "The model's JSON config.", default="configs/config-glove-cnn.json"),
+    Flag("data_dir", FILES, "The folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them.",
+         default=DATA_DIR),
     Flag("embedding_filename", FILES, "The table of word vectors in DATA_DIR.", default="embedding.npy"),
     Flag("label_filename", FILES, "The label map in DATA_DIR.", default="label.txt"),
     Flag("augmented", FILES, "Train on augmented.txt in the place of train.txt.", action="store_true"),
@@ -196,6 +189,7 @@ TABLE = (
          "licence CC BY-NC 4.0: no commercial use.", action="store_true"),
     Flag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3),
 
+    Flag("device", MACHINE, "Compute on cpu, cuda, cuda:1, mps ....", says_default="cuda where there is one, else cpu"),
     Flag("mixed_precision", MACHINE, "The precision of training steps; auto: bf16 where the processor or GPU is fast "
          "at it.", default="auto", choices=("auto", "no", "bf16", "fp16")),
     Flag("compile", MACHINE, "Compile the model first, which takes minutes and a C++ compiler: it pays in long runs.",
@@ -209,6 +203,7 @@ TABLE = (
          choices=("cpu", "none"), says_default="none"),
     Flag("local_rank", PROCESSES, "Launchers set it; the environment decides.", int),
 )
+FLAGS = {flag.name: flag for flag in TABLE}
 CONFIG_FLAGS = {flag.name: flag for flag in TABLE if flag.in_config}
 # preprocess.py's own, which a config may carry, too.
 OOV_SCALE = Flag("oov_scale", FILES, "Words that the vector file lacks get random vectors of this size, where 1.0 is "
@@ -220,16 +215,11 @@ SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}
 
 
 def add_flags(parser: Parser, table: Iterable[Flag]) -> None:
-    """Add flags in their groups, with those that training shares with other stages."""
+    """Add flags, each to its group of --help."""
     groups: dict[Group, argparse._ArgumentGroup] = {}
     for flag in table:
         if flag.group not in groups:
-            group = groups[flag.group] = parser.add_argument_group(flag.group.title)
-            if flag.group is FILES:
-                add_config_flag(group, "configs/config-glove-cnn.json")
-                add_data_dir_flag(group)
-            elif flag.group is MACHINE:
-                add_device_flag(group)
+            groups[flag.group] = parser.add_argument_group(flag.group.title)
         flag.add_to(groups[flag.group])
 
 

@@ -288,7 +288,7 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
     source = args.hp_space or "--hp_search_optuna"
     space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch), source)
     search_flags = {*(name for name in vars(args) if name.startswith("hp_")), "resume"}
-    places = {*(flag.name for flag in TABLE if flag.group.place), "config", "data_dir", "device"}
+    places = {flag.name for flag in TABLE if flag.group.place}
 
     def check(name: str, value: Any) -> None:
         """Try a value in the place of the user's own: an error is then this value's."""
