@@ -24,12 +24,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.config import check_same_config, encoded_kind, load_config, parse_with_config
+from cli.devices import choose_device, use_device
 from cli.flags import Parser, changed, natural_int, number, number_list, one_of, positive_int
 from cli.training_flags import INT8_MODES, TABLE, Flag, Group, add_flags, check_training_flags
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.tokenizers import SUBWORDS
 from train import run
-from util import Checkpoint, open_input, picture, sha256
+from util import (
+    RUN_ID,
+    Checkpoint,
+    keep_freed_memory,
+    load_checkpoint,
+    open_input,
+    picture,
+    saved_fact,
+    setup_logging,
+    sha256,
+    write_json,
+)
 
 if TYPE_CHECKING:  # --help loads no torch
     from training.distillation import Teacher
@@ -127,8 +139,6 @@ def check_distillation_flags(args: argparse.Namespace) -> None:
 
 def load_teacher(args: argparse.Namespace) -> Checkpoint:
     """The teacher's checkpoint, checked against what else is said of the teacher."""
-    from util import RUN_ID, load_checkpoint, saved_fact
-
     path, folder = args.teacher_model_path, args.teacher_bert_model_name_or_path
     checkpoint = load_checkpoint(path)
     if args.teacher_config:
@@ -169,7 +179,6 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
 def learn_pseudo_labels(begun: Run, teacher: Teacher) -> list[dict[str, float]]:
     """Train student and teacher with meta pseudo labels; the student is left where it was best. Returns the history."""
     from training.meta_pseudo_labels import MetaTrainer
-    from util import load_checkpoint
 
     if begun.accelerator.scaler:
         raise InputError("--mpl_data_path: meta pseudo labels are learned in bf16 or fp32.")
@@ -210,14 +219,12 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
 
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
-    from cli.devices import choose_device, use_device
     from compression import pruning
     from dataset import check_same_data
     from model import load_classifier
     from pretrained.saving import check_output_folder
     from training.losses import evaluate
     from training.run import load_data
-    from util import load_checkpoint, write_json
 
     checkpoint = load_checkpoint(args.model_path)
     if checkpoint.run.encoding.kind != SUBWORDS:
@@ -280,7 +287,6 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
         InputError: it is not there, or another one.
     """
     from pretrained.loading import load_tokenizer, tokenizer_text
-    from util import RUN_ID, saved_fact
 
     paired = saved_fact(args.bert_output_dir, RUN_ID) == checkpoint.run.run_id
     folder = args.bert_output_dir if paired else checkpoint.run.flags["bert_model_name_or_path"]
@@ -294,15 +300,10 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
-
-    from util import setup_logging
-
     setup_logging(args.log_path)
     (distill if args.do_distill else prune)(args, config)
 
 
 if __name__ == "__main__":
-    from util import keep_freed_memory
-
     keep_freed_memory()
     main()

@@ -24,10 +24,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cli.config import encoded_kind, parse_with_config
+from cli.devices import choose_device, choose_precision, use_device
 from cli.flags import Parser, natural_int, positive_int
 from cli.training_flags import TABLE, Flag, Group, add_flags, check_training_flags
 from sentence_classifier.errors import fail_cleanly
 from sentence_classifier.tokenizers import SUBWORDS
+from util import exclusive, keep_freed_memory, load_checkpoint, set_seed, setup_logging, write_json
 
 if TYPE_CHECKING:  # --help loads no torch
     from dataset import EncodedData
@@ -70,9 +72,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
-
-    from util import setup_logging
-
     setup_logging(args.log_path)
     if args.hp_search_optuna:
         from training.run import load_data
@@ -103,14 +102,12 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         whole_table: train a transformer's whole token table, since more text than the training data is read.
         notes: what the results say beside the history.
     """
-    from cli.devices import choose_device, choose_precision, use_device
     from pretrained.saving import check_output_folder
     from pretrained.surgery import add_lora
     from training.distributed import described, ending_together, make_accelerator
     from training.run import Run, describe, load_data, log_recipe, new_model, publish, restore
     from training.speedups import speed_up_training
     from training.trainer import Trainer, find_state
-    from util import exclusive, load_checkpoint, set_seed, write_json
 
     # device
     device = choose_device(args.device)
@@ -161,7 +158,5 @@ def run(args: argparse.Namespace, config: dict[str, Any],
 
 
 if __name__ == "__main__":
-    from util import keep_freed_memory
-
     keep_freed_memory()
     main()

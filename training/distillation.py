@@ -38,19 +38,12 @@ from sentence_classifier.tokenizers import SUBWORDS, Tokenizer, make_tokenizer
 from text.arrays import ArrayWriter, open_arrays
 from text.labels import LabelParser, find_logits_info
 from text.lines import TsvReader
-from training.losses import evaluate
+from training.losses import evaluate, make_criterion
 from training.run import Run
 from training.trainer import Trainer
 from util import Checkpoint, EncodingInfo, sha256
 
 logger = logging.getLogger(__name__)
-
-LOGITS_FORMAT = "teacher-logits-1"
-
-def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> [B]."""
-    p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
 
 
 def matched_layers(student: int, teacher: int) -> list[int]:
@@ -170,7 +163,7 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
         logger.info("[the teacher's answers to %s] are its labels", data.source)
         return np.asarray(data.targets, dtype=np.float32)
     path = data.source.with_name(f"{data.source.name}.teacher")
-    made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.encoding.source_sha256,
+    made_from = {"format": "teacher-logits-1", "teacher": sha256(teacher.path), "source": data.encoding.source_sha256,
                  "skip_bad_lines": json.dumps(data.encoding.skip_bad_lines), "labels": json.dumps(data.labels.names)}
     with contextlib.suppress(InputError):  # none yet, or damaged
         arrays, metadata = open_arrays(path)
@@ -273,6 +266,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, run: Run, teacher: Teacher, logits: np.ndarray) -> None:
         self.teacher = teacher.to(run.accelerator.device).eval()
         self.logits = logits
+        self.logit_loss = make_criterion("KLDivLoss", temperature=run.args.kd_temperature)
         self.student: Any = run.model.embedding
         self.guide: Any = teacher.model.embedding
         self.inside = bool(run.args.state_loss_ratio or run.args.att_loss_ratio)
@@ -315,7 +309,7 @@ class DistillationTrainer(Trainer):
         args = self.args
         assert isinstance(batch, TaughtBatch) and batch.teacher_logits is not None
         hard, logits = super().objective(batch)
-        parts = {"hard": hard, "logits": logit_loss(logits, batch.teacher_logits, args.kd_temperature)}
+        parts = {"hard": hard, "logits": self.logit_loss(logits, batch.teacher_logits)}
         weights = {"hard": args.hard_loss_ratio, "logits": 1 - args.hard_loss_ratio,
                    "states": args.state_loss_ratio, "attentions": args.att_loss_ratio}
         if self.inside:

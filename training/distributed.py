@@ -181,9 +181,7 @@ def total(values: Tensor, accelerator: Accelerator | None) -> Tensor:
     """The sum over all processes; the same in each, bit for bit."""
     if accelerator is None or accelerator.num_processes == 1:
         return values
-    values = values.to(accelerator.device)
-    torch.distributed.all_reduce(values)
-    return values.cpu()
+    return accelerator.reduce(values.to(accelerator.device)).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------- ZeRO

@@ -19,11 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +35,6 @@ from compression.quantization import start_quantization
 from dataset import Batch, BucketSampler, prefetch, shard
 from pretrained.surgery import merged_weights
 from sentence_classifier.errors import InputError
-from training.curves import Curves
 from training.distributed import is_sharded, load_optimizer_state, optimizer_state, prepare, total, whole_weights
 from training.losses import (
     WeightAverage,
@@ -121,10 +123,28 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each evaluation
     finished: bool = False
 
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Self:
-        """From what dataclasses.asdict made of it."""
-        return cls(**{**found, "stopping": EarlyStopping(**found["stopping"])})
+
+class Curves:
+    """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
+
+    Args:
+        folder: of the event files.
+        step: points from this step on that an earlier file holds are void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        self._write(step, summary=scalar(name, value))
+
+    def _write(self, step: int, **content: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.file.write_event(Event(wall_time=time.time(), step=step, **content))
+            self.file.flush()
 
 
 class Trainer:
@@ -239,7 +259,7 @@ class Trainer:
             raise InputError(f"{self.state_path}: the run to resume had another config or other data; "
                              "start anew without --resume.")
         self.info = replace(self.info, run_id=state["run"].run_id)
-        self.progress = Progress.from_json(state["progress"])
+        self.progress = Progress(**{**state["progress"], "stopping": EarlyStopping(**state["progress"]["stopping"])})
         self.saved_at_end = not self.progress.position and not moved
         if moved and not self.progress.finished:
             self.progress.step = self.progress.epoch * self.steps_per_epoch

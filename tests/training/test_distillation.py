@@ -31,14 +31,18 @@ from training.distillation import (
     answer,
     attention_loss,
     keep_inside,
-    logit_loss,
     matched_layers,
     state_loss,
 )
+from training.losses import make_criterion
 from training.run import Run
 from util import load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- losses
+
+
+def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    return make_criterion("KLDivLoss", temperature=temperature)(student, teacher)
 
 
 def test_logit_loss_is_the_divergence_at_a_temperature() -> None:
