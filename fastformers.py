@@ -30,23 +30,13 @@ from cli.training_flags import INT8_MODES, TABLE, Flag, Group, add_flags, check_
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.tokenizers import SUBWORDS
 from train import run
-from util import (
-    RUN_ID,
-    Checkpoint,
-    keep_freed_memory,
-    load_checkpoint,
-    open_input,
-    picture,
-    saved_fact,
-    setup_logging,
-    sha256,
-    write_json,
-)
+from util import RUN_ID, load_checkpoint, open_input, picture, saved_fact, setup_logging, sha256, write_json
 
 if TYPE_CHECKING:  # --help loads no torch
     from training.distillation import Teacher
     from training.run import Run
     from training.trainer import Trainer
+    from util import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -305,5 +295,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from util import keep_freed_memory
+
     keep_freed_memory()
     main()

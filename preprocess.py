@@ -29,7 +29,7 @@ import numpy as np
 
 from cli.config import encoded_kind, parse_with_config
 from cli.flags import EMBEDDING_PATH, Parser, natural_int, positive_int
-from cli.training_flags import FLAGS, OOV_SCALE
+from cli.training_flags import FLAGS
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
@@ -74,7 +74,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
                           help="The vocabulary holds at most so many words: those of train.txt by frequency, then "
                                "those of the vector file in its order; 0 means all (default: %(default)s).")
-    OOV_SCALE.add_to(encoding)
+    FLAGS["oov_scale"].add_to(encoding)
     encoding.add_argument("--skip_bad_lines", action="store_true",
                           help="Pass over unusable lines and count them, in place of ending at the first.")
     encoding.add_argument("--num_workers", type=positive_int, default=1,

@@ -203,12 +203,12 @@ TABLE = (
          choices=("cpu", "none"), says_default="none"),
     Flag("local_rank", PROCESSES, "Launchers set it; the environment decides.", int),
 )
-FLAGS = {flag.name: flag for flag in TABLE}
-CONFIG_FLAGS = {flag.name: flag for flag in TABLE if flag.in_config}
-# preprocess.py's own, which a config may carry, too.
+# preprocess.py's own.
 OOV_SCALE = Flag("oov_scale", FILES, "Words that the vector file lacks get random vectors of this size, where 1.0 is "
                  "the size of the file's own; smaller ones matter less until training has changed them.", number(),
                  1.0, in_config=True)
+FLAGS = {flag.name: flag for flag in (*TABLE, OOV_SCALE)}
+CONFIG_FLAGS = {name: flag for name, flag in FLAGS.items() if flag.in_config}  # the recipe that goes with a model
 # The precision is what --mixed_precision comes to on the machine.
 DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision")
 SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}

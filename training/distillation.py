@@ -19,7 +19,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -198,13 +198,6 @@ def labelled_by(data: EncodedData) -> str | None:
     return None
 
 
-@dataclass
-class TaughtBatch(Batch):
-    """Sentences with the teacher's answers to them: [B, C]."""
-
-    teacher_logits: Tensor | None = None
-
-
 def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, config: dict[str, Any],
                          train: EncodedData) -> Classifier:
     """A student whose transformer begins as --student_init_layers of the teacher's, with its embeddings.
@@ -300,16 +293,14 @@ class DistillationTrainer(Trainer):
             self.projection = nn.Linear(*widths)
             model.add_module("projection", self.projection)
 
-    def read_batch(self, indices: Sequence[int]) -> TaughtBatch:
+    def read_batch(self, indices: Sequence[int]) -> Batch:
         answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
-        return TaughtBatch(**vars(super().read_batch(indices)), teacher_logits=answers)
+        return replace(super().read_batch(indices), teacher=answers)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One pass: the loss of each example [B], and the student's logits [B, C]."""
         args = self.args
-        assert isinstance(batch, TaughtBatch) and batch.teacher_logits is not None
         hard, logits = super().objective(batch)
-        parts = {"hard": hard, "logits": self.logit_loss(logits, batch.teacher_logits)}
+        parts = {"hard": hard, "logits": self.logit_loss(logits, batch.teacher)}
         weights = {"hard": args.hard_loss_ratio, "logits": 1 - args.hard_loss_ratio,
                    "states": args.state_loss_ratio, "attentions": args.att_loss_ratio}
         if self.inside:

@@ -171,10 +171,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def described(accelerator: Accelerator) -> str:
     """What the log says of several processes and DeepSpeed."""
-    parts = [f", {accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
-    if is_sharded(accelerator):
-        parts.append(f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}")
-    return "".join(parts)
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    zero = f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}" if is_sharded(accelerator) else ""
+    return processes + zero
 
 
 def total(values: Tensor, accelerator: Accelerator | None) -> Tensor:
@@ -222,9 +221,7 @@ def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], acceler
                          saved: dict[str, Any]) -> None:
     """Load what optimizer_state returned, in a run of any stage and number of processes."""
     if not is_sharded(accelerator):
-        numbers = iter(range(len(parameters)))
-        groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
-        optimizer.load_state_dict({"param_groups": groups, **saved})
+        optimizer.load_state_dict({**optimizer.state_dict(), **saved})  # of a sharded run there is no more than "state"
         return
     if not saved["state"]:
         return

@@ -28,8 +28,8 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,16 +114,9 @@ def step_factor(optimizer: Any, parameter: Tensor) -> Any:
     return group["lr"] * (1 - beta1) / (1 - beta1**step) / second
 
 
-@dataclass
-class ReadTwice(Batch):
-    """Sentences as the student reads them, and the same sentences as the teacher does."""
-
-    teacher: Batch | None = None
-
-
-def read_twice(own: Batch, teacher_rows: list[np.ndarray] | None, indices: Sequence[int]) -> ReadTwice:
+def read_twice(own: Batch, teacher_rows: list[np.ndarray] | None, indices: Sequence[int]) -> Batch:
     """A batch of the student's with the teacher's token ids, those at `indices`; None: they are the same."""
-    return ReadTwice(**vars(own), teacher=pad([teacher_rows[i] for i in indices]) if teacher_rows else own)
+    return replace(own, teacher=pad([teacher_rows[i] for i in indices]) if teacher_rows else own)
 
 
 def read_rows(sentences: Iterable[str], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -165,14 +158,14 @@ class MetaTrainer(Trainer):
         self.unlabelled = self._endless(rows, teacher_rows)
         self.fall = 0.0  # of the student's loss, summed over the steps since the last log line
 
-    def read_batch(self, indices: Sequence[int]) -> ReadTwice:
+    def read_batch(self, indices: Sequence[int]) -> Batch:
         return read_twice(super().read_batch(indices), self.teacher_rows, indices)
 
-    def _endless(self, rows: list[np.ndarray], teacher_rows: list[np.ndarray] | None) -> Iterator[ReadTwice]:
+    def _endless(self, rows: list[np.ndarray], teacher_rows: list[np.ndarray] | None) -> Iterator[Batch]:
         """Batches of the unlabelled text, again and again."""
         sampler = BucketSampler(np.array([len(row) for row in rows]), self.args.batch_size, seed=self.args.seed)
 
-        def read(indices: Sequence[int]) -> ReadTwice:
+        def read(indices: Sequence[int]) -> Batch:
             return read_twice(pad([rows[i] for i in indices]), teacher_rows, indices)
 
         while True:
@@ -181,13 +174,12 @@ class MetaTrainer(Trainer):
 
     def train_step(self, group: list[Batch], examples: int) -> None:
         device = self.accelerator.device
-        labelled = [cast(ReadTwice, batch).to(device) for batch in group]
+        labelled = [batch.to(device) for batch in group]
         unlabelled = [next(self.unlabelled).to(device) for _ in group]
 
-        def answers(batches: list[ReadTwice]) -> list[Tensor]:
+        def answers(batches: list[Batch]) -> list[Tensor]:
             with self.accelerator.autocast():
-                return [self.teacher(b.teacher.input_ids, b.teacher.attention_mask).float()
-                        for b in batches if b.teacher]
+                return [self.teacher(b.teacher.input_ids, b.teacher.attention_mask).float() for b in batches]
 
         def student_logits() -> Tensor:
             if not torch.is_grad_enabled():  # small differences need full precision and no dropout

@@ -46,7 +46,7 @@ from cli.flags import Parser, changed, command_line, format_flag
 from cli.training_flags import TABLE, check_loss_flags
 from dataset import EncodedData
 from sentence_classifier.errors import FlagError, InputError
-from training.search_space import check_alone, check_space, default_space, suggest
+from training.search_space import check_space, default_space, suggest
 from training.trainer import Diverged
 from util import atomic_write, picture
 
@@ -77,7 +77,6 @@ def open_storage(name: str) -> optuna.storages.BaseStorage:
     def report_lost(study: Study, trial: FrozenTrial) -> None:
         logger.warning("[trial %d] no sign of life of its worker for %d s: marked failed", trial.number, GRACE)
 
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
     try:
         engine = {"connect_args": {"timeout": 60}} if name.startswith("sqlite") else {}  # workers wait for each other
         for attempt in range(5):
@@ -284,18 +283,19 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
     if args.resume:
         raise InputError("--resume: a search goes on by itself where it was stopped; leave --resume out.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
     source = args.hp_space or "--hp_search_optuna"
     space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch), source)
     search_flags = {*(name for name in vars(args) if name.startswith("hp_")), "resume"}
     places = {flag.name for flag in TABLE if flag.group.place}
-
-    def check(name: str, value: Any) -> None:
-        """Try a value in the place of the user's own: an error is then this value's."""
-        own = command_line(parser, args, {*search_flags, name})
-        tried, _ = get_params([*own, *format_flag(parser.actions[name], value)])
-        check_loss_flags(tried, data[0].path, data[0].has_logits)
-
-    check_alone(space, source, check)
+    for flag, rule in space.items():  # Refuse a value that no trial could take, before one is drawn.
+        own = command_line(parser, args, {*search_flags, flag})  # An error is then this value's.
+        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
+            try:
+                tried, _ = get_params([*own, *format_flag(parser.actions[flag], value)])
+                check_loss_flags(tried, data[0].path, data[0].has_logits)
+            except FlagError as error:
+                raise InputError(f"{source}: {flag}: {error}") from None
     searching = search_flags | set(space)
     base = command_line(parser, args, searching)
     fixed = command_line(parser, args, searching | places)
@@ -348,14 +348,10 @@ class Sampler(optuna.samplers.TPESampler):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def completed(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The complete ones among them."""
-    return [trial for trial in trials if trial.state.name == "COMPLETE"]
-
-
 def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
     """The complete trial with the highest score; of equals the first."""
-    return max(completed(trials), key=lambda trial: (score(trial), -trial.number), default=None)
+    complete = (trial for trial in trials if trial.state.name == "COMPLETE")
+    return max(complete, key=lambda trial: (score(trial), -trial.number), default=None)
 
 
 def score(trial: FrozenTrial) -> float:
@@ -406,8 +402,8 @@ def _cell(value: Any) -> str:
 
 def draw(worker: Search, path: Path) -> None:
     """Draw the score of each trial on the left, and on the right how much each flag mattered."""
-    complete = completed(worker.trials())
-    pruned = [trial for trial in worker.trials() if trial.state.name == "PRUNED"]
+    complete, pruned = (worker.study.get_trials(deepcopy=False, states=(state,))
+                        for state in (TrialState.COMPLETE, TrialState.PRUNED))
     with picture(path, columns=2, figsize=(11, 4), width_ratios=(3, 2)) as (_, (left, right)):
         for trials, mark, colour, label in ((complete, "o", "tab:blue", "complete"),
                                             (pruned, "x", "tab:gray", "pruned, at its last epoch")):
@@ -427,7 +423,7 @@ def draw(worker: Search, path: Path) -> None:
 
 def importances(worker: Search) -> dict[str, float]:
     """The share of each flag (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255), largest first; empty: unknown."""
-    scores = [score(trial) for trial in completed(worker.trials())]
+    scores = [score(trial) for trial in worker.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     if len(scores) < 4 or len(set(scores)) < 2:
         return {}
     with warnings.catch_warnings():

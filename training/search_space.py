@@ -10,12 +10,11 @@ A range of whole numbers includes both ends; "log" draws evenly in the logarithm
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cli.flags import did_you_mean, number_list
 from cli.training_flags import SEARCHABLE, Flag
-from sentence_classifier.errors import FlagError, InputError
+from sentence_classifier.errors import InputError
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -79,23 +78,6 @@ def _check_value(flag: Flag, value: Any, where: str) -> Any:
     except ValueError as error:
         raise InputError(f"{where} is {json.dumps(value)}: {error}.") from None
     return held if isinstance(held, int | float) else value  # a list of layers stays as it is written
-
-
-def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], None]) -> None:
-    """Refuse a listed value or the end of a range that no trial could take, before one is drawn.
-
-    Args:
-        check: of a flag and a value; raises FlagError if they do not go with the command line, config and data.
-
-    Raises:
-        InputError: names the file and the key.
-    """
-    for name, rule in space.items():
-        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
-            try:
-                check(name, value)
-            except FlagError as error:
-                raise InputError(f"{source}: {name}: {error}") from None
 
 
 def suggest(trial: Trial, space: dict[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,6 @@ class Trainer:
         self.valid_data = run.valid
         self.processes = accelerator.num_processes
         self.notes: dict[str, Any] = {}  # what the results say beside the history
-        # What an optimizer step takes is drawn whole, so that it does not depend on how it is cut.
         step_batch_size = args.batch_size * args.gradient_accumulation_steps * self.processes
         self.sampler = BucketSampler(run.train.lengths, step_batch_size, seed=args.seed)
         weights = None
@@ -355,16 +354,21 @@ class Trainer:
             group: this process's batches.
             examples: in those of all processes.
         """
+        sharded = is_sharded(self.accelerator)
         for place, batch in enumerate(group, 1):
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            with self._backward(last=place == len(group)) as backward:
+            last = place == len(group)  # then processes put their gradients together
+            if sharded:
+                self.accelerator.sync_gradients = last  # DeepSpeed steps at once then
+            with contextlib.nullcontext() if last or sharded else self.accelerator.no_sync(self.model):
                 loss = self._loss(batch)
-                backward(loss / (examples / self.processes))  # gradients are averaged over processes
+                self.accelerator.backward(loss / (examples / self.processes),  # gradients are averaged over processes
+                                          **({"scale_wrt_gas": False} if sharded else {}))
             self.losses.append(loss.detach())
         self.progress.loss_count += examples
         if self.accelerator.device.type == "cpu" or self.progress.step % STEPS_UNREAD == 0:
             self.read_losses()
-        if self.args.max_grad_norm and not is_sharded(self.accelerator):
+        if self.args.max_grad_norm and not sharded:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler else 1.0
@@ -396,16 +400,6 @@ class Trainer:
             logits = self.model(batch.input_ids, batch.attention_mask).float()
         logits = logits[: len(batch)]
         return self.criterion(logits, batch.targets), logits
-
-    @contextlib.contextmanager
-    def _backward(self, last: bool) -> Iterator[Callable[..., None]]:
-        """The backward pass of a batch; with the last one of a step, processes put their gradients together."""
-        if is_sharded(self.accelerator):
-            self.accelerator.sync_gradients = last  # DeepSpeed steps at once then
-            yield functools.partial(self.accelerator.backward, scale_wrt_gas=False)
-        else:
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                yield self.accelerator.backward
 
     def _loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its examples.

@@ -228,7 +228,7 @@ def test_the_loss_is_the_sum_of_its_parts(trained: Place) -> None:
     trainer.args.hard_loss_ratio = 0.25
     loss, logits = trainer.objective(batch)
     hard = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-    expected = 0.25 * hard + 0.75 * logit_loss(logits, batch.teacher_logits, 2.0)
+    expected = 0.25 * hard + 0.75 * logit_loss(logits, batch.teacher, 2.0)
     torch.testing.assert_close(loss, expected)
     trainer.args.hard_loss_ratio = 1.0
     torch.testing.assert_close(trainer.objective(batch)[0], hard)
@@ -262,6 +262,6 @@ def test_models_that_tell_what_they_compute_inside(name: str, says: str | None, 
 def test_batches_bring_the_answers_of_their_sentences(trained: Place) -> None:
     trainer = make_trainer(trained)
     batch = trainer.read_batch([4, 0, 9])
-    assert torch.equal(batch.teacher_logits, torch.from_numpy(trainer.logits[[4, 0, 9]]))
+    assert torch.equal(batch.teacher, torch.from_numpy(trainer.logits[[4, 0, 9]]))
     moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.teacher_logits, batch.teacher_logits) and torch.equal(moved.targets, batch.targets)
+    assert torch.equal(moved.teacher, batch.teacher) and torch.equal(moved.targets, batch.targets)
