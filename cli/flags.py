@@ -24,10 +24,7 @@ def did_you_mean(word: str, known: Sequence[str] | dict[str, Any]) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, that answers a misspelt flag with the nearest one.
 
-    What it parses holds under `command` the command line as it was typed.
-
-    Args:
-        script: the stage's __file__.
+    What it parses holds under `command` the command line as it was typed; `script` is the stage's __file__.
     """
 
     def __init__(self, description: str | None, script: str | None = None) -> None:
@@ -58,11 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection[str] = ()) -> list[str]:
-    """The flags by which `parser` comes to `args`, where these differ from its defaults.
-
-    Args:
-        leave_out: names of flags, as `args` has them, that do not matter.
-    """
+    """The flags, but for those in `leave_out`, by which `parser` comes to `args` where these are not its defaults."""
     return [word for name, action in parser.actions.items() if name not in leave_out and hasattr(args, name)
             for value in [getattr(args, name)] if value != parser.get_default(name)
             for word in format_flag(action, value)]

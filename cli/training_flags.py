@@ -21,18 +21,12 @@ INT8_MODES = ("enable_qat", "enable_qat_fx", "enable_diffq")
 
 @dataclass(frozen=True)
 class Group:
-    """Flags that stand together in --help.
-
-    Attributes:
-        recipe: they say how to train, not where and on what: the search may vary them.
-        place: they say where files and processes are, which changes no result.
-        decisive: a resumed run must have the same.
-    """
+    """Flags that stand together in --help."""
 
     title: str
-    recipe: bool = False
-    place: bool = False
-    decisive: bool = False
+    recipe: bool = False  # they say how to train, not where and on what: the search may vary them
+    place: bool = False  # they say where files and processes are, which changes no result
+    decisive: bool = False  # a resumed run must have the same
 
 
 FILES = Group("files", place=True)
@@ -48,29 +42,20 @@ PROCESSES = Group("several processes: the same command line after torchrun --npr
 
 @dataclass(frozen=True)
 class Flag:
-    """A row of the table.
-
-    Attributes:
-        help: a sentence; the default is added to it.
-        type: from the text that the user types to the value, as argparse has it.
-        in_config: a config may carry it, as part of the recipe that goes with the model.
-        shared: whether a resumed run must have the same, where that differs from the group's `decisive`.
-        says_default: what --help says of the default, where the value itself would not do.
-        action: argparse's, of a switch.
-    """
+    """A row of the table. What is not explained here is as argparse has it."""
 
     name: str
     group: Group
-    help: str
-    type: Callable[[str], Any] = str
+    help: str  # a sentence; the default is added to it
+    type: Callable[[str], Any] = str  # from the text that the user types to the value
     default: Any = None
     choices: tuple[Any, ...] | None = None
-    in_config: bool = False
-    shared: bool | None = None
-    says_default: str = ""
+    in_config: bool = False  # a config may carry it, as part of the recipe that goes with the model
+    shared: bool | None = None  # whether a resumed run must have the same, where not as the group's `decisive` says
+    says_default: str = ""  # what --help says of the default, where the value itself would not do
     metavar: str | None = None
     nargs: str | None = None
-    action: Any = None
+    action: Any = None  # of a switch
 
     @property
     def decisive(self) -> bool:

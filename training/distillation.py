@@ -244,10 +244,7 @@ def keep_inside(embedding: Any, attentions: bool, path: str) -> None:
 
 
 class DistillationTrainer(Trainer):
-    """Trains a student by the loss at the head of this file.
-
-    Args:
-        logits: the teacher's for the training data [N, C].
+    """Trains a student by the loss at the head of this file; `logits` are the teacher's for the training data [N, C].
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.

@@ -38,10 +38,7 @@ logger = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside the number of steps
 
 def make_accelerator(args: argparse.Namespace, device: torch.device, precision: str) -> Accelerator:
-    """The Accelerator of this process, for the launcher that started it and the flags.
-
-    Args:
-        precision: no, bf16 or fp16.
+    """The Accelerator of this process, for the launcher that started it, the flags and a precision (no, bf16, fp16).
 
     Raises:
         InputError: the launcher asks for something that this toolkit lacks, or the flags do not go with DeepSpeed.
@@ -198,8 +195,7 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> contextlib.Abst
 def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator: Accelerator) -> dict[str, Any]:
     """The optimizer's state dict in torch's layout, whole in the main process. To be called by all processes.
 
-    Args:
-        parameters: those of the optimizer, in its order.
+    `parameters` are those of the optimizer, in its order.
     """
     if not is_sharded(accelerator):
         return optimizer.state_dict()
@@ -253,8 +249,7 @@ def _link_moments(zero: Any) -> None:
 def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
     """End the block with an InputError when another process dies, or when the launcher ends all processes for that.
 
-    Args:
-        advice: what to do then.
+    The error ends with the advice.
     """
     if accelerator.num_processes == 1:
         yield

@@ -296,9 +296,8 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
                 check_loss_flags(tried, data[0].path, data[0].has_logits)
             except FlagError as error:
                 raise InputError(f"{source}: {flag}: {error}") from None
-    searching = search_flags | set(space)
-    base = command_line(parser, args, searching)
-    fixed = command_line(parser, args, searching | places)
+    base = command_line(parser, args, search_flags | set(space))
+    fixed = command_line(parser, args, search_flags | set(space) | places)
     made_from = json.dumps([read_json(args.config), data[0].encoding.decisive(), data[1].encoding.source_sha256, space,
                             fixed], sort_keys=True)
     identity = hashlib.sha256(made_from.encode()).hexdigest()[:12]
@@ -319,8 +318,8 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
         study.set_user_attr("made_from", identity)
         folder.mkdir(parents=True, exist_ok=True)
         worker = Search(study, "://" in place, space, base, folder, args.hp_trials, parser, get_params, run)
-        done = len(worker.trials())
-        logger.info("[study %s] %d of %d trials are there; files in %s", name, done, args.hp_trials, folder)
+        logger.info("[study %s] %d of %d trials are there; files in %s", name, len(worker.trials()), args.hp_trials,
+                    folder)
         worker.work()
         worker.remove_beaten()
         report(worker)

@@ -55,20 +55,18 @@ def _check_values(flag: Flag | None, rule: Any, where: str, hint: str) -> Any:
     if missing := next((key for key in ("low", "high") if key not in rule), None):
         raise InputError(f"{where}: {missing} is missing.")
     low, high = (_check_value(flag, rule[key], f"{where}: {key}") for key in ("low", "high"))
-    if low > high:
-        raise InputError(f"{where}: low is {low}, above high, which is {high}.")
     log, step = rule.get("log", False), rule.get("step")
-    if not isinstance(log, bool):
-        raise InputError(f"{where}: log is {json.dumps(log)} and must be true or false.")
-    if log and low <= 0:
-        raise InputError(f"{where}: low is {low}, and log needs it above 0.")
-    if step is not None:
-        whole = isinstance(low, int)
-        if log:
-            raise InputError(f"{where}: log and step do not go together; leave one of them out.")
-        if isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0:
-            raise InputError(f"{where}: step is {json.dumps(step)} and must be a "
-                             f"{'whole ' if whole else ''}number above 0.")
+    kinds, number = ((int,), "whole number") if isinstance(low, int) else ((int, float), "number")
+    for wrong, says in (
+        (low > high, f"low is {low}, above high, which is {high}"),
+        (not isinstance(log, bool), f"log is {json.dumps(log)} and must be true or false"),
+        (log and low <= 0, f"low is {low}, and log needs it above 0"),
+        (log and step is not None, "log and step do not go together; leave one of them out"),
+        (step is not None and (type(step) not in kinds or step <= 0),
+         f"step is {json.dumps(step)} and must be a {number} above 0"),
+    ):
+        if wrong:
+            raise InputError(f"{where}: {says}.")
     return {"low": low, "high": high, "log": log, "step": step}
 
 

@@ -91,15 +91,14 @@ class EarlyStopping:
 
     def is_better(self, metrics: dict[str, float], best: dict[str, Any]) -> bool:
         """Whether a model with these metrics takes the place of the best one so far (empty: there is none)."""
-        tie = False
         if not best or self.measure == "last":
-            better = True
+            better = gain = True
         elif self.measure == "loss":
-            better = metrics["loss"] < best["valid_loss"]
+            better = gain = metrics["loss"] < best["valid_loss"]
         else:
-            tie = metrics["accuracy"] == best["valid_accuracy"]
-            better = tie or metrics["accuracy"] > best["valid_accuracy"]
-        self.gained |= better and not tie
+            better = metrics["accuracy"] >= best["valid_accuracy"]
+            gain = metrics["accuracy"] > best["valid_accuracy"]
+        self.gained |= gain
         return better
 
     def ends(self) -> bool:
@@ -127,9 +126,7 @@ class Progress:
 class Curves:
     """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
 
-    Args:
-        folder: of the event files.
-        step: points from this step on that an earlier file holds are void.
+    Points from `step` on that an earlier file in the folder holds are void.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
