@@ -117,11 +117,6 @@ def check_journal(path: Path, lock: Any) -> None:
         lock.release()
 
 
-def this_worker() -> dict[str, Any]:
-    """Who runs a trial: the host, the process and its start time, since the system reuses process numbers."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
 def is_lost(trial: FrozenTrial, me: dict[str, Any]) -> bool:
     """Whether the worker of a running trial is gone, as far as this host can tell. Asked between trials."""
     worker = trial.user_attrs.get("worker")
@@ -161,7 +156,8 @@ class Search:
     parser: Parser  # this and the two below are train.py's
     get_params: Callable[..., Any]
     run: Callable[..., dict[str, Any]]
-    me: dict[str, Any] = field(default_factory=this_worker)
+    me: dict[str, Any] = field(default_factory=lambda: {  # the start time, since the system reuses process numbers
+        "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()})
     number: int = -1  # of the trial that runs
 
     def trials(self) -> list[FrozenTrial]:

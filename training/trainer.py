@@ -220,9 +220,9 @@ class Trainer:
         random = {"cpu": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        with contextlib.ExitStack() as stack:
-            if not self.progress.finished:
-                stack.enter_context(whole_weights(self.plain_model, self.accelerator))
+        finished = self.progress.finished
+        with contextlib.nullcontext() if finished else whole_weights(self.plain_model, self.accelerator):
+            if not finished:
                 state |= {
                     "model": self.plain_model.state_dict(),
                     "optimizer": optimizer_state(self.optimizer, self.parameters, self.accelerator),
