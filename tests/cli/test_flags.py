@@ -181,7 +181,7 @@ def test_what_a_flag_takes_a_config_takes(tmp_path: Path, name: str, value: Any)
 
 
 @settings(max_examples=300)
-@given(flag=st.sampled_from([flag for flag in CONFIG_FLAGS.values() if flag.action is None]), value=TYPED)
+@given(flag=st.sampled_from([flag for flag in TABLE if flag.in_config and flag.action is None]), value=TYPED)
 def test_a_flag_and_a_config_take_the_same_values(shared_path: Path, flag: Flag, value: Any) -> None:
     """The values of numbers and words, and what the run then holds; a switch is true or false in a config."""
     typed: Any = InputError
