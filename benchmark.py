@@ -23,11 +23,13 @@ import logging
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import Sizes, provenance
 from benchmarks.recipes import CONFIGS, INFERENCE_MODELS, TAUGHT
-from cli import flags
+from cli.flags import EMBEDDING_PATH, Parser, did_you_mean, natural_int, positive_int
+from cli.training_flags import FLAGS
 from sentence_classifier.errors import InputError, fail_cleanly
 from util import ROOT, write_json
 
@@ -40,11 +42,11 @@ VERBS = (*USUAL, *BY_NAME, "table")
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = flags.Parser(__doc__, __file__)
+    parser = Parser(__doc__, __file__)
     parser.add_argument("verbs", nargs="*", default=list(USUAL), metavar="VERB",
                         help=f"{', '.join(VERBS)} (default: {' '.join(USUAL)})")
     files = parser.add_argument_group("files")
-    files.add_argument("--embedding_path", default=flags.EMBEDDING_PATH,
+    files.add_argument("--embedding_path", default=EMBEDDING_PATH,
                        help="word vectors, or none (default: %(default)s)")
     files.add_argument("--results", type=Path, default="results",
                        help="folder of the JSON files (default: %(default)s)")
@@ -54,14 +56,14 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
                        help="inference, int8, accuracy: keep the trained models here, take those that are there, and "
                             "go on with those that were cut off (default: train anew)")
     speed = parser.add_argument_group("speed")
-    flags.add_config_flag(speed, CONFIGS["cnn"])
-    flags.add_data_dir_flag(speed)
+    replace(FLAGS["config"], default=CONFIGS["cnn"]).add_to(speed)
+    FLAGS["data_dir"].add_to(speed)
     transformers = parser.add_argument_group("finetune, scale, and accuracy of minilm-*")
-    flags.add_bert_flag(transformers, "embeddings/all-MiniLM-L6-v2")
+    replace(FLAGS["bert_model_name_or_path"], default="embeddings/all-MiniLM-L6-v2").add_to(transformers)
     inference = parser.add_argument_group("inference, int8")
     inference.add_argument("--inference_models", nargs="+", default=INFERENCE_MODELS, choices=INFERENCE_MODELS,
                            metavar="MODEL", help=f"models to measure (default: {' '.join(INFERENCE_MODELS)})")
-    inference.add_argument("--num_threads", type=flags.positive_int, default=2,
+    inference.add_argument("--num_threads", type=positive_int, default=2,
                            help="threads that answer a sentence (default: %(default)s)")
     accuracy = parser.add_argument_group("accuracy")
     accuracy.add_argument("--data_sets", nargs="+", default=["snips", "sst2"],
@@ -69,13 +71,13 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     words = [model for model, config in CONFIGS.items() if "bert" not in config and model not in TAUGHT]
     accuracy.add_argument("--models", nargs="*", default=words, choices=list(CONFIGS), metavar="MODEL",
                           help=f"of {' '.join(CONFIGS)} (default: {' '.join(words)})")
-    accuracy.add_argument("--seeds", nargs="+", type=flags.natural_int,
+    accuracy.add_argument("--seeds", nargs="+", type=natural_int,
                           help="seeds to train with (default: 1 2 3 on Snips and for the CNN on SST-2, else 1)")
     accuracy.add_argument("--force", action="store_true", help="run again what is finished")
     args = parser.parse_args(argv)
     for verb in args.verbs:
         if verb not in VERBS:
-            parser.error(f"unknown verb {verb!r}{flags.did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
+            parser.error(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
     args.sizes = Sizes()
     args.command = re.sub(r"([ =])/(?:[^/ ]*/)*", r"\1", args.command)  # no paths of this machine
     return args

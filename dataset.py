@@ -12,10 +12,10 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,30 +40,27 @@ class Batch:
         input_ids: [B, T] int64, 0 at pad positions.
         attention_mask: [B, T] bool, True at real tokens.
         targets: class ids [B] int64, or logits [B, C] float32, or None for unlabelled text; [0] to count for nothing.
+        teacher: with a teacher, its logits [B, C], or the Batch of the same sentences as it reads them.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     targets: Tensor | None = None
+    teacher: Any = None
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self) -> Batch:
         """The same batch in memory from which a GPU copies while it computes."""
         return self._map(lambda part: part.pin_memory())
 
-    def _map(self, function: Callable[[Any], Any]) -> Self:
-        """Of all parts, those of a subclass among them."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
+        return replace(self, **{name: function(part) for name, part in vars(self).items() if part is not None})
 
     def __len__(self) -> int:
         return len(self.input_ids if self.targets is None else self.targets)
-
-
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def pad(rows: Sequence[np.ndarray], targets: np.ndarray | None = None, multiple: int = 1) -> Batch:
@@ -213,9 +210,9 @@ def shard(batch: np.ndarray, size: int, processes: int = 1, process: int = 0) ->
     return [part.tolist() for part in np.array_split(batch[process::processes], parts)]
 
 
-def prefetch(read: Callable[[Sequence[int]], AnyBatch], batches: Iterable[Sequence[int]],
-             pin_memory: bool = False) -> Iterator[AnyBatch]:
-    """The batches that `read` makes of these indices, each assembled while the one before it is computed.
+def prefetch(read: Callable[[Sequence[int]], Batch], batches: Iterable[Sequence[int]],
+             pin_memory: bool = False) -> Iterator[Batch]:
+    """The batches of the examples at these indices, each assembled while the one before it is computed.
 
     Pinned memory is for asynchronous copies to a GPU.
     """

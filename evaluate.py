@@ -19,6 +19,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import islice
 from pathlib import Path
@@ -28,17 +29,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cli.config import check_same_config, load_config
-from cli.flags import (
-    Parser,
-    add_config_flag,
-    add_data_dir_flag,
-    add_device_flag,
-    natural_int,
-    number,
-    one_of,
-    positive_int,
-    thread_count,
-)
+from cli.flags import Parser, natural_int, number, one_of, positive_int, thread_count
+from cli.training_flags import FLAGS
 from sentence_classifier.batches import by_length
 from sentence_classifier.classifier import OnnxClassifier, TextClassifier, load
 from sentence_classifier.command_line import answer_lines
@@ -67,8 +59,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     """
     parser = Parser(__doc__, __file__)
     files = parser.add_argument_group("files")
-    add_config_flag(files, None)
-    add_data_dir_flag(files, None)
+    replace(FLAGS["config"], default=None, says_default="what the checkpoint was trained with").add_to(files)
+    replace(FLAGS["data_dir"], default=None, says_default="where the checkpoint was trained").add_to(files)
     files.add_argument("--model_path", default="pytorch-model.pt",
                        help="The checkpoint that train.py wrote (default: %(default)s).")
     files.add_argument("--bert_output_dir",
@@ -116,7 +108,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     int8.add_argument("--enable_diffq", action="store_true",
                       help="Evaluate the weights with the numbers of bits that train.py --enable_diffq learned.")
     machine = parser.add_argument_group("machine")
-    add_device_flag(machine)
+    FLAGS["device"].add_to(machine)
     machine.add_argument("--num_threads", type=thread_count, default=0,
                          help="How many threads compute (default: 0, the library's choice).")
     args = parser.parse_args(argv)

@@ -24,31 +24,77 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.config import check_same_config, encoded_kind, load_config, parse_with_config
+from cli.devices import choose_device, use_device
 from cli.flags import Parser, changed, natural_int, number, number_list, one_of, positive_int
-from cli.training_flags import INT8_MODES, add_training_flags, check_training_flags
+from cli.training_flags import INT8_MODES, TABLE, Flag, Group, add_flags, check_training_flags
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS
 from train import run
-from util import Checkpoint, picture, sha256
+from util import RUN_ID, load_checkpoint, picture, saved_fact, setup_logging, sha256, write_json
 
 if TYPE_CHECKING:  # --help loads no torch
     from training.distillation import Teacher
     from training.run import Run
     from training.trainer import Trainer
+    from util import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+
+WHAT = Group("what to do")
+DISTILLATION = Group("distillation")
+MPL = Group("meta pseudo labels, before distillation")
+PRUNING = Group("pruning")
+FLAGS = (
+    Flag("do_distill", WHAT, "Train a student on what a teacher answers.", action="store_true"),
+    Flag("do_prune", WHAT, "Remove attention heads and feed-forward units.", action="store_true"),
+
+    Flag("teacher_config", DISTILLATION, "A config that the teacher's checkpoint is checked against; the checkpoint "
+         "holds its own."),
+    Flag("teacher_model_path", DISTILLATION, "The teacher: a checkpoint of train.py."),
+    Flag("teacher_bert_model_name_or_path", DISTILLATION, "The teacher's --bert_output_dir, checked to be of the same "
+         "run; the checkpoint holds all that is needed."),
+    Flag("hard_loss_ratio", DISTILLATION, "The weight of --criterion on the labels; the rest is the weight of the loss "
+         "on the teacher's logits.", number(0, 1), 0.0),
+    Flag("state_loss_ratio", DISTILLATION, "The weight of the loss on hidden states.", number(), 0.0),
+    Flag("state_distill_cs", DISTILLATION, "Compare hidden states by their cosine in the place of squared differences.",
+         action="store_true"),
+    Flag("att_loss_ratio", DISTILLATION, "The weight of the loss on attentions.", number(), 0.0),
+    Flag("student_init_layers", DISTILLATION, "Let the student begin with these layers of the teacher, and its "
+         "embeddings.", number_list, metavar="0,2,4"),
+    Flag("logging_steps", DISTILLATION, "Log the parts of the loss after this many steps.", positive_int, 500),
+    Flag("log_evaluate_during_training", DISTILLATION, "Log accuracy and loss on the valid data with them.",
+         action="store_true"),
+    Flag("compare_with", DISTILLATION, "Draw the curves of these runs beside this one's.", metavar="OTHER.train.json",
+         nargs="+"),
+
+    Flag("mpl_data_path", MPL, "The unlabelled text, such as DATA_DIR/augmented.raw; labels in it are passed over."),
+    Flag("mpl_epoch", MPL, "Passes over the labelled data; each step takes as many unlabelled sentences.",
+         positive_int, 1),
+    Flag("mpl_labels", MPL, "Draw pseudo labels from the teacher's probabilities (hard), or take these themselves.",
+         default="hard", choices=("hard", "soft")),
+    Flag("mpl_warmup_steps", MPL, "Let the teacher's learning rate rise for this many steps.", natural_int, 1000),
+    Flag("mpl_learning_rate", MPL, "The teacher's highest learning rate.", number(), 5e-5, says_default="5e-5"),
+    Flag("mpl_weight_decay", MPL, "The teacher's weight decay.", number(), 0.1),
+
+    Flag("model_path", PRUNING, "The checkpoint to prune.", default="pytorch-model.pt"),
+    Flag("target_num_heads", PRUNING, "Attention heads that each layer keeps.", positive_int, 8),
+    Flag("target_ffn_dim", PRUNING, "Feed-forward units that each layer keeps.", positive_int, 2048),
+    Flag("dont_normalize_importance_by_layer", PRUNING, "Report importance as it is, not divided by each layer's L2 "
+         "norm. Which heads and units go is decided within each layer, so that it is the same.", action="store_true"),
+    Flag("save_path_pruned", PRUNING, "The checkpoint to write.", default="pytorch-model-pruned.pt"),
+    Flag("bert_output_dir_pruned", PRUNING, "The folder for the pruned transformer and its tokenizer.",
+         default="bert-checkpoint-pruned"),
+    Flag("recover_epoch", PRUNING, "Train for this many epochs after pruning, by the flags below; the best model is "
+         "kept.", natural_int, 0),
+)
 
 
 def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The flags and the config."""
     parser = Parser(__doc__, __file__)
-    what = parser.add_argument_group("what to do")
-    what.add_argument("--do_distill", action="store_true", help="Train a student on what a teacher answers.")
-    what.add_argument("--do_prune", action="store_true", help="Remove attention heads and feed-forward units.")
-    add_distillation_flags(parser)
-    add_pruning_flags(parser)
-    add_training_flags(parser)
+    add_flags(parser, (*FLAGS, *TABLE))
     args, config = parse_with_config(parser, argv)
     if one_of(args, "do_distill", "do_prune") is None:
         parser.error("say what to do: --do_distill or --do_prune")
@@ -61,67 +107,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         return changed(args, teacher_sha256=sha256(args.teacher_model_path)), config  # a resumed run has the same one
     check_pruning_flags(args)
     return args, config
-
-
-def add_distillation_flags(parser: Parser) -> None:
-    teacher = parser.add_argument_group("distillation")
-    teacher.add_argument("--teacher_config", help="A config that the teacher's checkpoint is checked against; the "
-                                                  "checkpoint holds its own.")
-    teacher.add_argument("--teacher_model_path", help="The teacher: a checkpoint of train.py.")
-    teacher.add_argument("--teacher_bert_model_name_or_path",
-                         help="The teacher's --bert_output_dir, checked to be of the same run; the checkpoint holds "
-                              "all that is needed.")
-    teacher.add_argument("--hard_loss_ratio", type=number(0, 1), default=0.0,
-                         help="The weight of --criterion on the labels; the rest is the weight of the loss on the "
-                              "teacher's logits (default: 0.0).")
-    teacher.add_argument("--state_loss_ratio", type=number(), default=0.0,
-                         help="The weight of the loss on hidden states (default: 0.0).")
-    teacher.add_argument("--state_distill_cs", action="store_true",
-                         help="Compare hidden states by their cosine in the place of squared differences.")
-    teacher.add_argument("--att_loss_ratio", type=number(), default=0.0,
-                         help="The weight of the loss on attentions (default: 0.0).")
-    teacher.add_argument("--student_init_layers", type=number_list, metavar="0,2,4",
-                         help="Let the student begin with these layers of the teacher, and its embeddings.")
-    teacher.add_argument("--logging_steps", type=positive_int, default=500,
-                         help="Log the parts of the loss after this many steps (default: 500).")
-    teacher.add_argument("--log_evaluate_during_training", action="store_true",
-                         help="Log accuracy and loss on the valid data with them.")
-    teacher.add_argument("--compare_with", metavar="OTHER.train.json", nargs="+", default=[],
-                         help="Draw the curves of these runs beside this one's.")
-    mpl = parser.add_argument_group("meta pseudo labels, before distillation")
-    mpl.add_argument("--mpl_data_path", help="The unlabelled text, such as DATA_DIR/augmented.raw; labels in it are "
-                                             "passed over.")
-    mpl.add_argument("--mpl_epoch", type=positive_int, default=1,
-                     help="Passes over the labelled data; each step takes as many unlabelled sentences (default: 1).")
-    mpl.add_argument("--mpl_labels", choices=("hard", "soft"), default="hard",
-                     help="Draw pseudo labels from the teacher's probabilities (hard), or take these themselves "
-                          "(default: hard).")
-    mpl.add_argument("--mpl_warmup_steps", type=natural_int, default=1000,
-                     help="Let the teacher's learning rate rise for this many steps (default: 1000).")
-    mpl.add_argument("--mpl_learning_rate", type=number(), default=5e-5,
-                     help="The teacher's highest learning rate (default: 5e-5).")
-    mpl.add_argument("--mpl_weight_decay", type=number(), default=0.1,
-                     help="The teacher's weight decay (default: 0.1).")
-
-
-def add_pruning_flags(parser: Parser) -> None:
-    prune = parser.add_argument_group("pruning")
-    prune.add_argument("--model_path", default="pytorch-model.pt",
-                       help="The checkpoint to prune (default: %(default)s).")
-    prune.add_argument("--target_num_heads", type=positive_int, default=8,
-                       help="Attention heads that each layer keeps (default: 8).")
-    prune.add_argument("--target_ffn_dim", type=positive_int, default=2048,
-                       help="Feed-forward units that each layer keeps (default: 2048).")
-    prune.add_argument("--dont_normalize_importance_by_layer", action="store_true",
-                       help="Report importance as it is, not divided by each layer's L2 norm. Which heads and units go "
-                            "is decided within each layer, so that it is the same.")
-    prune.add_argument("--save_path_pruned", default="pytorch-model-pruned.pt",
-                       help="The checkpoint to write (default: %(default)s).")
-    prune.add_argument("--bert_output_dir_pruned", default="bert-checkpoint-pruned",
-                       help="The folder for the pruned transformer and its tokenizer (default: %(default)s).")
-    prune.add_argument("--recover_epoch", type=natural_int, default=0,
-                       help="Train for this many epochs after pruning, by the flags below; the best model is kept "
-                            "(default: 0).")
 
 
 def check_distillation_flags(args: argparse.Namespace) -> None:
@@ -145,8 +130,6 @@ def check_distillation_flags(args: argparse.Namespace) -> None:
 
 def load_teacher(args: argparse.Namespace) -> Checkpoint:
     """The teacher's checkpoint, checked against what else is said of the teacher."""
-    from util import RUN_ID, load_checkpoint, saved_fact
-
     path, folder = args.teacher_model_path, args.teacher_bert_model_name_or_path
     checkpoint = load_checkpoint(path)
     if args.teacher_config:
@@ -160,10 +143,10 @@ def load_teacher(args: argparse.Namespace) -> Checkpoint:
 
 def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Train a student on what a teacher answers."""
-    from training.distillation import DistillationTrainer, TaughtData, Teacher, answer, student_from_teacher
+    from training.distillation import DistillationTrainer, Teacher, answer, student_from_teacher
     from training.run import load_data
 
-    others = {name: read_curve(name) for name in args.compare_with}
+    others = {name: read_curve(name) for name in args.compare_with or ()}
     checkpoint, path = load_teacher(args), args.teacher_model_path
     make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else None
 
@@ -175,7 +158,7 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
         if args.mpl_data_path:
             notes["mpl_history"] = learn_pseudo_labels(begun, teacher)
             teacher.model.load_state_dict(checkpoint.model)  # the one that answered
-        trainer = DistillationTrainer(replace(begun, train=TaughtData(begun.train.path, logits)), teacher)
+        trainer = DistillationTrainer(begun, teacher, logits)
         trainer.notes = notes
         return trainer
 
@@ -187,7 +170,6 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
 def learn_pseudo_labels(begun: Run, teacher: Teacher) -> list[dict[str, float]]:
     """Train student and teacher with meta pseudo labels; the student is left where it was best. Returns the history."""
     from training.meta_pseudo_labels import MetaTrainer
-    from util import load_checkpoint
 
     if begun.accelerator.scaler:
         raise InputError("--mpl_data_path: meta pseudo labels are learned in bf16 or fp32.")
@@ -228,14 +210,12 @@ def draw_curves(curves: dict[str, list[dict[str, float]]], path: str) -> None:
 
 def prune(args: argparse.Namespace, config: dict[str, Any]) -> None:
     """Remove heads and feed-forward units, and with --recover_epoch train what remains."""
-    from cli.devices import choose_device, use_device
     from compression import pruning
     from dataset import check_same_data
     from model import load_classifier
     from pretrained.saving import check_output_folder
     from training.losses import evaluate
     from training.run import load_data
-    from util import load_checkpoint, write_json
 
     checkpoint = load_checkpoint(args.model_path)
     if checkpoint.run.encoding.kind != SUBWORDS:
@@ -298,7 +278,6 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
         InputError: it is not there, or another one.
     """
     from pretrained.loading import load_tokenizer, tokenizer_text
-    from util import RUN_ID, saved_fact
 
     paired = saved_fact(args.bert_output_dir, RUN_ID) == checkpoint.run.run_id
     folder = args.bert_output_dir if paired else checkpoint.run.flags["bert_model_name_or_path"]
@@ -312,9 +291,6 @@ def tokenizer_folder(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
-
-    from util import setup_logging
-
     setup_logging(args.log_path)
     (distill if args.do_distill else prune)(args, config)
 

@@ -28,16 +28,8 @@ from typing import Any
 import numpy as np
 
 from cli.config import encoded_kind, parse_with_config
-from cli.flags import (
-    EMBEDDING_PATH,
-    Parser,
-    add_bert_flag,
-    add_config_flag,
-    add_data_dir_flag,
-    natural_int,
-    positive_int,
-)
-from cli.training_flags import OOV_SCALE
+from cli.flags import EMBEDDING_PATH, Parser, natural_int, positive_int
+from cli.training_flags import FLAGS
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
@@ -60,12 +52,12 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     """The flags and the config."""
     parser = Parser(__doc__, __file__)
     files = parser.add_argument_group("files")
-    add_config_flag(files, "configs/config-glove-cnn.json")
-    add_data_dir_flag(files)
+    FLAGS["config"].add_to(files)
+    FLAGS["data_dir"].add_to(files)
     files.add_argument("--embedding_path", default=EMBEDDING_PATH,
                        help="The file of word vectors has a word and its numbers on each line. With none, training "
                             "learns all vectors from the data (default: %(default)s).")
-    add_bert_flag(files)
+    FLAGS["bert_model_name_or_path"].add_to(files)
     files.add_argument("--augmented", action="store_true",
                        help="Encode --augmented_filename in place of train.txt. label.txt is then read, not written.")
     files.add_argument("--augmented_filename", default="augmented.raw",
@@ -82,7 +74,7 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     encoding.add_argument("--max_vocab", type=natural_int, default=0,
                           help="The vocabulary holds at most so many words: those of train.txt by frequency, then "
                                "those of the vector file in its order; 0 means all (default: %(default)s).")
-    OOV_SCALE.add_to(encoding)
+    FLAGS["oov_scale"].add_to(encoding)
     encoding.add_argument("--skip_bad_lines", action="store_true",
                           help="Pass over unusable lines and count them, in place of ending at the first.")
     encoding.add_argument("--num_workers", type=positive_int, default=1,

@@ -24,10 +24,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cli.config import encoded_kind, parse_with_config
+from cli.devices import choose_device, choose_precision, use_device
 from cli.flags import Parser, natural_int, positive_int
-from cli.training_flags import add_training_flags, check_training_flags
+from cli.training_flags import TABLE, Flag, Group, add_flags, check_training_flags
 from sentence_classifier.errors import fail_cleanly
 from sentence_classifier.tokenizers import SUBWORDS
+from util import exclusive, keep_freed_memory, load_checkpoint, set_seed, setup_logging, write_json
 
 if TYPE_CHECKING:  # --help loads no torch
     from dataset import EncodedData
@@ -37,25 +39,26 @@ if TYPE_CHECKING:  # --help loads no torch
 logger = logging.getLogger(__name__)
 
 
+SEARCH = Group("hyper-parameter search")
+SEARCH_FLAGS = (
+    Flag("hp_search_optuna", SEARCH, "Train many times and print the best command line; several workers share one "
+         "storage.", action="store_true"),
+    Flag("hp_trials", SEARCH, "The number of trials of all workers together.", positive_int, 24),
+    Flag("hp_space", SEARCH, 'The flags to vary and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, '
+         '"batch_size": [32, 64]}.', metavar="FILE.json",
+         says_default="lr, batch_size, seed and epoch up to --epoch; see training/search_space.py"),
+    Flag("hp_storage", SEARCH, "Where workers meet: a database's URL, or a journal file, .log or .journal.",
+         metavar="URL|FILE.journal", says_default="SAVE_PATH.trials/study.journal"),
+    Flag("hp_study", SEARCH, "The study within the storage.", metavar="NAME",
+         says_default="a name made from config, data, space and flags"),
+    Flag("hp_sampler_seed", SEARCH, "Draw each trial from this seed and the trial's number.", natural_int,
+         says_default="that of --seed"),
+)
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__, __file__)
-    add_training_flags(parser)
-    trials = parser.add_argument_group("hyper-parameter search")
-    trials.add_argument("--hp_search_optuna", action="store_true",
-                        help="Train many times and print the best command line; several workers share one storage.")
-    trials.add_argument("--hp_trials", type=positive_int, default=24,
-                        help="The number of trials of all workers together (default: 24).")
-    trials.add_argument("--hp_space", metavar="FILE.json",
-                        help='The flags to vary and their values, {"lr": {"low": 1e-5, "high": 1e-2, "log": true}, '
-                             '"batch_size": [32, 64]} (default: lr, batch_size, seed and epoch up to --epoch; see '
-                             "training/search_space.py).")
-    trials.add_argument("--hp_storage", metavar="URL|FILE.journal",
-                        help="Where workers meet: a database's URL, or a journal file, .log or .journal (default: "
-                             "SAVE_PATH.trials/study.journal).")
-    trials.add_argument("--hp_study", metavar="NAME",
-                        help="The study within the storage (default: a name made from config, data, space and flags).")
-    trials.add_argument("--hp_sampler_seed", type=natural_int,
-                        help="Draw each trial from this seed and the trial's number (default: that of --seed).")
+    add_flags(parser, (*TABLE, *SEARCH_FLAGS))
     return parser
 
 
@@ -69,10 +72,6 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 @fail_cleanly
 def main(argv: list[str] | None = None) -> None:
     args, config = get_params(argv)
-
-    from training.distributed import end_processes
-    from util import setup_logging
-
     setup_logging(args.log_path)
     if args.hp_search_optuna:
         from training.run import load_data
@@ -82,8 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         parse_with_config(parser, [f"--config={args.config}"])  # the config's settings as defaults
         search(args, parser, get_params, run, load_data(args, config, encoded_kind(config)))
     else:
+        from accelerate import PartialState
+
         run(args, config)
-        end_processes()
+        PartialState().destroy_process_group()
 
 
 def run(args: argparse.Namespace, config: dict[str, Any],
@@ -101,14 +102,12 @@ def run(args: argparse.Namespace, config: dict[str, Any],
         whole_table: train a transformer's whole token table, since more text than the training data is read.
         notes: what the results say beside the history.
     """
-    from cli.devices import choose_device, choose_precision, use_device
     from pretrained.saving import check_output_folder
     from pretrained.surgery import add_lora
     from training.distributed import described, ending_together, make_accelerator
     from training.run import Run, describe, load_data, log_recipe, new_model, publish, restore
     from training.speedups import speed_up_training
     from training.trainer import Trainer, find_state
-    from util import exclusive, load_checkpoint, set_seed, write_json
 
     # device
     device = choose_device(args.device)
@@ -159,7 +158,5 @@ def run(args: argparse.Namespace, config: dict[str, Any],
 
 
 if __name__ == "__main__":
-    from util import keep_freed_memory
-
     keep_freed_memory()
     main()

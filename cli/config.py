@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cli.flags import Parser, did_you_mean
-from cli.training_flags import CONFIG_FLAGS, OOV_SCALE
+from cli.training_flags import CONFIG_FLAGS
 from sentence_classifier.errors import InputError
 from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS, WORD_TOKENIZERS, WORDS
@@ -75,10 +75,6 @@ ENCODER_KEYS: dict[str, dict[str, Key]] = {
     "densenet-cnn": {**_DENSENET, **_CNN, "fc_hidden_size": replace(_SIZE, required=False)},
     "densenet-dsa": {**_DENSENET, **dict.fromkeys(("dsa_num_attentions", "dsa_dim", "dsa_r", "fc_hidden_size"), _SIZE)},
 }
-
-# Settings of train.py and preprocess.py that a config may carry: the recipe that goes with the model.
-RECIPE_KEYS = {"oov_scale": OOV_SCALE, **CONFIG_FLAGS}
-
 
 def encoded_kind(config: dict[str, Any]) -> str:
     """The kind of encoded data: WORDS, or a transformer's SUBWORDS."""
@@ -145,13 +141,13 @@ def check_config(config: dict[str, Any], path: str) -> None:
                         "densenet-cnn or densenet-dsa")
     if not problems:
         for key, value in config.items():
-            if key in RECIPE_KEYS:
+            if key in CONFIG_FLAGS:
                 try:
-                    RECIPE_KEYS[key].convert(value)
+                    CONFIG_FLAGS[key].convert(value)
                 except ValueError as error:
                     problems.append(f"{key} is {json.dumps(value)}: {error}")
             elif key not in allowed and key not in ("emb_class", "enc_class"):
-                problems.append(f"unknown key {key!r}{did_you_mean(key, [*allowed, *RECIPE_KEYS])}")
+                problems.append(f"unknown key {key!r}{did_you_mean(key, [*allowed, *CONFIG_FLAGS])}")
         for key, rule in allowed.items():
             if key not in config:
                 if rule.required:
@@ -164,7 +160,7 @@ def check_config(config: dict[str, Any], path: str) -> None:
 
 def check_same_config(config: dict[str, Any], path: str, trained: dict[str, Any], model_path: str) -> None:
     """Refuse a config of another model than the one a checkpoint was trained with; training settings may differ."""
-    keys = [key for key in sorted({*config, *trained}) if key not in RECIPE_KEYS and key != "n_ctx"]
+    keys = [key for key in sorted({*config, *trained}) if key not in CONFIG_FLAGS and key != "n_ctx"]
     differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
                  for key in keys if config.get(key) != trained.get(key)]
     if differing:
@@ -178,7 +174,7 @@ def parse_with_config(parser: Parser, argv: Sequence[str] | None) -> tuple[argpa
     `sources` of the flags says of each whether the user gave it ("flag"), the config ("config") or nobody ("default").
     """
     config = load_config(parser.parse_args(argv).config)
-    recipe = {key: value for key, value in config.items() if key in RECIPE_KEYS and key in parser.actions}
+    recipe = {key: value for key, value in config.items() if key in CONFIG_FLAGS and key in parser.actions}
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     given = parser.given(argv)

@@ -24,10 +24,7 @@ def did_you_mean(word: str, known: Sequence[str] | dict[str, Any]) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, that answers a misspelt flag with the nearest one.
 
-    What it parses holds under `command` the command line as it was typed.
-
-    Args:
-        script: the stage's __file__.
+    What it parses holds under `command` the command line as it was typed; `script` is the stage's __file__.
     """
 
     def __init__(self, description: str | None, script: str | None = None) -> None:
@@ -58,11 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line(parser: Parser, args: argparse.Namespace, leave_out: Collection[str] = ()) -> list[str]:
-    """The flags by which `parser` comes to `args`, where these differ from its defaults.
-
-    Args:
-        leave_out: names of flags, as `args` has them, that do not matter.
-    """
+    """The flags, but for those in `leave_out`, by which `parser` comes to `args` where these are not its defaults."""
     return [word for name, action in parser.actions.items() if name not in leave_out and hasattr(args, name)
             for value in [getattr(args, name)] if value != parser.get_default(name)
             for word in format_flag(action, value)]
@@ -136,24 +129,3 @@ def one_of(args: argparse.Namespace, *flags: str) -> str | None:
     if len(chosen) > 1:
         Parser(None).error(f"{' and '.join(f'--{flag}' for flag in chosen)}: choose one of them")
     return chosen[0] if chosen else None
-
-
-def add_config_flag(group: argparse._ArgumentGroup, default: str | None) -> None:
-    group.add_argument("--config", default=default, help="The model's JSON config (default: "
-                       f"{default or 'what the checkpoint was trained with'}).")
-
-
-def add_data_dir_flag(group: argparse._ArgumentGroup, default: str | None = DATA_DIR) -> None:
-    group.add_argument("--data_dir", default=default,
-                       help="The folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them "
-                            f"(default: {default or 'where the checkpoint was trained'}).")
-
-
-def add_bert_flag(group: argparse._ArgumentGroup, default: str = "bert-base-uncased") -> None:
-    group.add_argument("--bert_model_name_or_path", default=default,
-                       help="The pretrained transformer: a folder or a hub name (default: %(default)s).")
-
-
-def add_device_flag(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", help="Compute on cpu, cuda, cuda:1, mps ... (default: cuda where there is one, "
-                                        "else cpu).")

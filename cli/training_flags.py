@@ -6,21 +6,11 @@ train.py and fastformers.py have all of them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cli.flags import (
-    Parser,
-    add_config_flag,
-    add_data_dir_flag,
-    add_device_flag,
-    natural_int,
-    number,
-    number_list,
-    one_of,
-    positive_int,
-)
+from cli.flags import DATA_DIR, Parser, natural_int, number, number_list, one_of, positive_int
 from sentence_classifier.errors import FlagError
 from sentence_classifier.tokenizers import SUBWORDS, WORDS
 
@@ -31,18 +21,12 @@ INT8_MODES = ("enable_qat", "enable_qat_fx", "enable_diffq")
 
 @dataclass(frozen=True)
 class Group:
-    """Flags that stand together in --help.
-
-    Attributes:
-        recipe: they say how to train, not where and on what: the search may vary them.
-        place: they say where files and processes are, which changes no result.
-        decisive: a resumed run must have the same.
-    """
+    """Flags that stand together in --help."""
 
     title: str
-    recipe: bool = False
-    place: bool = False
-    decisive: bool = False
+    recipe: bool = False  # they say how to train, not where and on what: the search may vary them
+    place: bool = False  # they say where files and processes are, which changes no result
+    decisive: bool = False  # a resumed run must have the same
 
 
 FILES = Group("files", place=True)
@@ -58,28 +42,20 @@ PROCESSES = Group("several processes: the same command line after torchrun --npr
 
 @dataclass(frozen=True)
 class Flag:
-    """A row of the table.
-
-    Attributes:
-        help: a sentence; the default is added to it.
-        type: from the text that the user types to the value, as argparse has it.
-        in_config: a config may carry it, as part of the recipe that goes with the model.
-        shared: whether a resumed run must have the same, where that differs from the group's `decisive`.
-        says_default: what --help says of the default, where the value itself would not do.
-        action: argparse's, of a switch.
-    """
+    """A row of the table. What is not explained here is as argparse has it."""
 
     name: str
     group: Group
-    help: str
-    type: Callable[[str], Any] = str
+    help: str  # a sentence; the default is added to it
+    type: Callable[[str], Any] = str  # from the text that the user types to the value
     default: Any = None
     choices: tuple[Any, ...] | None = None
-    in_config: bool = False
-    shared: bool | None = None
-    says_default: str = ""
+    in_config: bool = False  # a config may carry it, as part of the recipe that goes with the model
+    shared: bool | None = None  # whether a resumed run must have the same, where not as the group's `decisive` says
+    says_default: str = ""  # what --help says of the default, where the value itself would not do
     metavar: str | None = None
-    action: Any = None
+    nargs: str | None = None
+    action: Any = None  # of a switch
 
     @property
     def decisive(self) -> bool:
@@ -108,7 +84,8 @@ class Flag:
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         """Add the flag to a group of a parser."""
         switch = {"action": self.action, "default": bool(self.default)}
-        valued = {"type": self.type, "choices": self.choices, "metavar": self.metavar, "default": self.default}
+        valued = {"type": self.type, "choices": self.choices, "metavar": self.metavar, "default": self.default,
+                  "nargs": self.nargs}
         default = self.says_default or ("" if self.default is None or self.action else str(self.default))
         if self.in_config:
             default = f"the config's, else {default}" if default else "the config's"
@@ -118,6 +95,9 @@ class Flag:
 
 
 TABLE = (
+    Flag("config", FILES, "The model's JSON config.", default="configs/config-glove-cnn.json"),
+    Flag("data_dir", FILES, "The folder of train.txt, valid.txt, test.txt and of what preprocess.py makes of them.",
+         default=DATA_DIR),
     Flag("embedding_filename", FILES, "The table of word vectors in DATA_DIR.", default="embedding.npy"),
     Flag("label_filename", FILES, "The label map in DATA_DIR.", default="label.txt"),
     Flag("augmented", FILES, "Train on augmented.txt in the place of train.txt.", action="store_true"),
@@ -194,6 +174,7 @@ TABLE = (
          "licence CC BY-NC 4.0: no commercial use.", action="store_true"),
     Flag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3),
 
+    Flag("device", MACHINE, "Compute on cpu, cuda, cuda:1, mps ....", says_default="cuda where there is one, else cpu"),
     Flag("mixed_precision", MACHINE, "The precision of training steps; auto: bf16 where the processor or GPU is fast "
          "at it.", default="auto", choices=("auto", "no", "bf16", "fp16")),
     Flag("compile", MACHINE, "Compile the model first, which takes minutes and a C++ compiler: it pays in long runs.",
@@ -207,27 +188,23 @@ TABLE = (
          choices=("cpu", "none"), says_default="none"),
     Flag("local_rank", PROCESSES, "Launchers set it; the environment decides.", int),
 )
-CONFIG_FLAGS = {flag.name: flag for flag in TABLE if flag.in_config}
-# preprocess.py's own, which a config may carry, too.
+# preprocess.py's own.
 OOV_SCALE = Flag("oov_scale", FILES, "Words that the vector file lacks get random vectors of this size, where 1.0 is "
                  "the size of the file's own; smaller ones matter less until training has changed them.", number(),
                  1.0, in_config=True)
+FLAGS = {flag.name: flag for flag in (*TABLE, OOV_SCALE)}
+CONFIG_FLAGS = {name: flag for name, flag in FLAGS.items() if flag.in_config}  # the recipe that goes with a model
 # The precision is what --mixed_precision comes to on the machine.
 DECISIVE = (*(flag.name for flag in TABLE if flag.decisive), "precision")
 SEARCHABLE = {flag.name: flag for flag in TABLE if flag.group.recipe}
 
 
-def add_training_flags(parser: Parser) -> None:
-    """Add the table's flags, and those that training shares with other stages."""
+def add_flags(parser: Parser, table: Iterable[Flag]) -> None:
+    """Add flags, each to its group of --help."""
     groups: dict[Group, argparse._ArgumentGroup] = {}
-    for flag in TABLE:
+    for flag in table:
         if flag.group not in groups:
-            group = groups[flag.group] = parser.add_argument_group(flag.group.title)
-            if flag.group is FILES:
-                add_config_flag(group, "configs/config-glove-cnn.json")
-                add_data_dir_flag(group)
-            elif flag.group is MACHINE:
-                add_device_flag(group)
+            groups[flag.group] = parser.add_argument_group(flag.group.title)
         flag.add_to(groups[flag.group])
 
 

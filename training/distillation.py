@@ -19,8 +19,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,19 +38,12 @@ from sentence_classifier.tokenizers import SUBWORDS, Tokenizer, make_tokenizer
 from text.arrays import ArrayWriter, open_arrays
 from text.labels import LabelParser, find_logits_info
 from text.lines import TsvReader
-from training.losses import evaluate
+from training.losses import evaluate, make_criterion
 from training.run import Run
 from training.trainer import Trainer
 from util import Checkpoint, EncodingInfo, sha256
 
 logger = logging.getLogger(__name__)
-
-LOGITS_FORMAT = "teacher-logits-1"
-
-def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)): logits [B, C] -> [B]."""
-    p, q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).sum(-1)
 
 
 def matched_layers(student: int, teacher: int) -> list[int]:
@@ -171,7 +163,7 @@ def answer(teacher: Teacher, data: EncodedData, augmented: bool, batch_size: int
         logger.info("[the teacher's answers to %s] are its labels", data.source)
         return np.asarray(data.targets, dtype=np.float32)
     path = data.source.with_name(f"{data.source.name}.teacher")
-    made_from = {"format": LOGITS_FORMAT, "teacher": sha256(teacher.path), "source": data.encoding.source_sha256,
+    made_from = {"format": "teacher-logits-1", "teacher": sha256(teacher.path), "source": data.encoding.source_sha256,
                  "skip_bad_lines": json.dumps(data.encoding.skip_bad_lines), "labels": json.dumps(data.labels.names)}
     with contextlib.suppress(InputError):  # none yet, or damaged
         arrays, metadata = open_arrays(path)
@@ -204,25 +196,6 @@ def labelled_by(data: EncodedData) -> str | None:
         case {"teacher": {"run_id": str(run_id)}}:
             return run_id
     return None
-
-
-@dataclass
-class TaughtBatch(Batch):
-    """Sentences with the teacher's answers to them: [B, C]."""
-
-    teacher_logits: Tensor | None = None
-
-
-class TaughtData(EncodedData):
-    """Encoded data with the teacher's answers [N, C]."""
-
-    def __init__(self, path: Path, logits: np.ndarray) -> None:
-        super().__init__(path)
-        self.logits = logits
-
-    def batch(self, indices: Sequence[int]) -> TaughtBatch:
-        answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
-        return TaughtBatch(**vars(super().batch(indices)), teacher_logits=answers)
 
 
 def student_from_teacher(checkpoint: Checkpoint, args: argparse.Namespace, config: dict[str, Any],
@@ -271,10 +244,7 @@ def keep_inside(embedding: Any, attentions: bool, path: str) -> None:
 
 
 class DistillationTrainer(Trainer):
-    """Trains a student by the loss at the head of this file.
-
-    Args:
-        run: its training data hold the teacher's logits.
+    """Trains a student by the loss at the head of this file; `logits` are the teacher's for the training data [N, C].
 
     Raises:
         InputError: hidden states or attentions that cannot be compared.
@@ -283,8 +253,10 @@ class DistillationTrainer(Trainer):
     decisive = (*Trainer.decisive, "teacher_sha256", "hard_loss_ratio", "state_loss_ratio",
                 "state_distill_cs", "att_loss_ratio", "student_init_layers", "mpl_data_path")
 
-    def __init__(self, run: Run, teacher: Teacher) -> None:
+    def __init__(self, run: Run, teacher: Teacher, logits: np.ndarray) -> None:
         self.teacher = teacher.to(run.accelerator.device).eval()
+        self.logits = logits
+        self.logit_loss = make_criterion("KLDivLoss", temperature=run.args.kd_temperature)
         self.student: Any = run.model.embedding
         self.guide: Any = teacher.model.embedding
         self.inside = bool(run.args.state_loss_ratio or run.args.att_loss_ratio)
@@ -318,12 +290,14 @@ class DistillationTrainer(Trainer):
             self.projection = nn.Linear(*widths)
             model.add_module("projection", self.projection)
 
+    def read_batch(self, indices: Sequence[int]) -> Batch:
+        answers = torch.from_numpy(self.logits[np.asarray(indices, dtype=np.int64)])
+        return replace(super().read_batch(indices), teacher=answers)
+
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One pass: the loss of each example [B], and the student's logits [B, C]."""
         args = self.args
-        assert isinstance(batch, TaughtBatch) and batch.teacher_logits is not None
         hard, logits = super().objective(batch)
-        parts = {"hard": hard, "logits": logit_loss(logits, batch.teacher_logits, args.kd_temperature)}
+        parts = {"hard": hard, "logits": self.logit_loss(logits, batch.teacher)}
         weights = {"hard": args.hard_loss_ratio, "logits": 1 - args.hard_loss_ratio,
                    "states": args.state_loss_ratio, "attentions": args.att_loss_ratio}
         if self.inside:

@@ -18,7 +18,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +27,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils.environment import parse_flag_from_env
+from accelerate.utils.other import get_free_port
 from torch import Tensor, nn
 
 from sentence_classifier.errors import InputError
@@ -37,16 +38,13 @@ logger = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside the number of steps
 
 def make_accelerator(args: argparse.Namespace, device: torch.device, precision: str) -> Accelerator:
-    """The Accelerator of this process, for the launcher that started it and the flags.
-
-    Args:
-        precision: no, bf16 or fp16.
+    """The Accelerator of this process, for the launcher that started it, the flags and a precision (no, bf16, fp16).
 
     Raises:
         InputError: the launcher asks for something that this toolkit lacks, or the flags do not go with DeepSpeed.
     """
     for name in ("FSDP", "MEGATRON_LM"):
-        if _launcher_says(f"ACCELERATE_USE_{name}"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise InputError(f"accelerate is configured for {name}, which train.py does not use; run accelerate config "
                              "again, or shard the model with --zero_stage=3.")
     plugin = _deepspeed_plugin(args, precision)
@@ -78,14 +76,10 @@ def reset_accelerate(processes: bool = False) -> None:
     AcceleratorState._reset_state(reset_partial_state=processes)  # it has no public name
 
 
-def _launcher_says(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
-
-
 def _deepspeed_plugin(args: argparse.Namespace, precision: str) -> Any:
     """DeepSpeed's settings: from --zero_stage, or else from accelerate launch; None: without DeepSpeed."""
     given = args.zero_stage is not None
-    if not (args.zero_stage if given else _launcher_says("ACCELERATE_USE_DEEPSPEED")):
+    if not (args.zero_stage if given else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
         return None
     try:
         import deepspeed  # noqa: F401
@@ -136,11 +130,8 @@ def _start_deepspeed(args: argparse.Namespace, device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled now, by each process
         os.environ["ACCELERATE_USE_CPU"] = "false"
     if "LOCAL_RANK" not in os.environ:  # plain python: a group of one
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
@@ -177,50 +168,34 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def described(accelerator: Accelerator) -> str:
     """What the log says of several processes and DeepSpeed."""
-    parts = [f", {accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
-    if is_sharded(accelerator):
-        parts.append(f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}")
-    return "".join(parts)
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    zero = f", ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}" if is_sharded(accelerator) else ""
+    return processes + zero
 
 
 def total(values: Tensor, accelerator: Accelerator | None) -> Tensor:
     """The sum over all processes; the same in each, bit for bit."""
     if accelerator is None or accelerator.num_processes == 1:
         return values
-    values = values.to(accelerator.device)
-    torch.distributed.all_reduce(values)
-    return values.cpu()
-
-
-def gather(value: Any, accelerator: Accelerator) -> list[Any]:
-    """One value of each process, in their order."""
-    if accelerator.num_processes == 1:
-        return [value]
-    values: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(values, value)
-    return values
+    return accelerator.reduce(values.to(accelerator.device)).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------- ZeRO
 
 
-@contextlib.contextmanager
-def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """All weights are in each process within the block. To be entered by all processes."""
+def whole_weights(model: nn.Module, accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
+    """A block within which all weights are in each process. To be entered by all processes."""
     if not is_sharded(accelerator):
-        yield
-        return
+        return contextlib.nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):  # nothing to do below stage 3
-        yield
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))  # nothing to do below stage 3
 
 
 def optimizer_state(optimizer: Any, parameters: list[nn.Parameter], accelerator: Accelerator) -> dict[str, Any]:
     """The optimizer's state dict in torch's layout, whole in the main process. To be called by all processes.
 
-    Args:
-        parameters: those of the optimizer, in its order.
+    `parameters` are those of the optimizer, in its order.
     """
     if not is_sharded(accelerator):
         return optimizer.state_dict()
@@ -242,9 +217,7 @@ def load_optimizer_state(optimizer: Any, parameters: list[nn.Parameter], acceler
                          saved: dict[str, Any]) -> None:
     """Load what optimizer_state returned, in a run of any stage and number of processes."""
     if not is_sharded(accelerator):
-        numbers = iter(range(len(parameters)))
-        groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
-        optimizer.load_state_dict({"param_groups": groups, **saved})
+        optimizer.load_state_dict({**optimizer.state_dict(), **saved})  # of a sharded run there is no more than "state"
         return
     if not saved["state"]:
         return
@@ -272,18 +245,11 @@ def _link_moments(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def end_processes() -> None:
-    """Leave the group of processes at the end of the script."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 @contextlib.contextmanager
 def ending_together(accelerator: Accelerator, advice: str) -> Iterator[None]:
     """End the block with an InputError when another process dies, or when the launcher ends all processes for that.
 
-    Args:
-        advice: what to do then.
+    The error ends with the advice.
     """
     if accelerator.num_processes == 1:
         yield

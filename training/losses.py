@@ -111,10 +111,8 @@ def evaluate(model: nn.Module, data: EncodedData, batch_size: int, device: torch
              accelerator: Accelerator | None = None) -> dict[str, float]:
     """Mean cross entropy and accuracy over a data set, in fp32, model in evaluation mode and left so.
 
-    A sentence whose label train.txt lacks counts as an error, and the loss leaves it out.
-
-    Args:
-        accelerator: its processes share the work; each example counts once, and all get the same figures.
+    A sentence whose label train.txt lacks counts as an error, and the loss leaves it out. An accelerator's processes
+    share the work: each example counts once, and all get the same figures.
     """
     model.eval()
     criterion = make_criterion("CrossEntropyLoss")

@@ -24,13 +24,12 @@ The paper's optional unsupervised augmentation loss is left out. The gradient of
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import Batch, BucketSampler, EncodedData, pad, prefetch
+from dataset import Batch, BucketSampler, pad, prefetch
 from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
 from text.lines import TsvReader
@@ -115,47 +114,15 @@ def step_factor(optimizer: Any, parameter: Tensor) -> Any:
     return group["lr"] * (1 - beta1) / (1 - beta1**step) / second
 
 
-@dataclass
-class ReadTwice(Batch):
-    """Sentences as the student reads them, and the same sentences as the teacher does."""
-
-    teacher: Batch | None = None
+def read_twice(own: Batch, teacher_rows: list[np.ndarray] | None, indices: Sequence[int]) -> Batch:
+    """A batch of the student's with the teacher's token ids, those at `indices`; None: they are the same."""
+    return replace(own, teacher=pad([teacher_rows[i] for i in indices]) if teacher_rows else own)
 
 
-class Rows:
-    """Token ids of many raw sentences, one after another."""
-
-    def __init__(self, sentences: Iterable[str], tokenizer: Tokenizer) -> None:
-        ids, ends = array("i"), array("q", [0])
-        for rows in tokenize(tqdm(sentences, unit="sentence", disable=None), tokenizer, 1024):
-            for row in rows:
-                ids.frombytes(row.tobytes())
-                ends.append(len(ids))
-        self.ids, self.offsets = np.frombuffer(ids, dtype=np.int32), np.frombuffer(ends, dtype=np.int64)
-
-    def __getitem__(self, indices: Sequence[int]) -> list[np.ndarray]:
-        return [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in indices]
-
-
-class UnlabelledText:
-    """Sentences without labels, encoded for student and teacher.
-
-    Args:
-        path: one sentence a line; what follows a TAB is ignored.
-        tokenizer, teacher_tokenizer: of the two; None for the teacher's where they are the same.
-    """
-
-    def __init__(self, path: str, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer | None) -> None:
-        self.rows = Rows(read_text(path), tokenizer)
-        self.teacher_rows = Rows(read_text(path), teacher_tokenizer) if teacher_tokenizer else None
-        self.lengths = np.diff(self.rows.offsets)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def batch(self, indices: Sequence[int]) -> ReadTwice:
-        own = pad(self.rows[indices])
-        return ReadTwice(**vars(own), teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
+def read_rows(sentences: Iterable[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The token ids of each sentence."""
+    chunks = tokenize(tqdm(sentences, unit="sentence", disable=None), tokenizer, 1024)
+    return list(itertools.chain.from_iterable(chunks))
 
 
 def read_text(path: str) -> Iterator[str]:
@@ -164,18 +131,6 @@ def read_text(path: str) -> Iterator[str]:
         labelled = b"\t" in file.readline()
     for example in TsvReader(path, labelled=labelled):
         yield example.sentence
-
-
-class LabelledText(EncodedData):
-    """Encoded data for student and teacher; the tokenizer as for UnlabelledText."""
-
-    def __init__(self, path: Path, teacher_tokenizer: Tokenizer | None) -> None:
-        super().__init__(path)
-        self.teacher_rows = Rows(read_sentences(self), teacher_tokenizer) if teacher_tokenizer else None
-
-    def batch(self, indices: Sequence[int]) -> ReadTwice:
-        own = super().batch(indices)
-        return ReadTwice(**vars(own), teacher=pad(self.teacher_rows[indices]) if self.teacher_rows else own)
 
 
 class MetaTrainer(Trainer):
@@ -187,36 +142,44 @@ class MetaTrainer(Trainer):
 
     def __init__(self, run: Run, teacher: Teacher) -> None:
         args, train = run.args, run.train
-        tokenizer = None if teacher.reads_like(train.encoding) else teacher.tokenizer(args.augmented)
+        same = teacher.reads_like(train.encoding)
         logger.info("[meta pseudo labels] reading %s", args.mpl_data_path)
-        text = UnlabelledText(args.mpl_data_path,
-                              make_tokenizer(run.info.vocabulary, replace(train.encoding, augmented=True)),
-                              teacher.tokenizer(augmented=True) if tokenizer else None)
-        super().__init__(replace(run, train=LabelledText(train.path, tokenizer)))
+        self.teacher_rows = None if same else read_rows(read_sentences(train), teacher.tokenizer(args.augmented))
+        tokenizer = make_tokenizer(run.info.vocabulary, replace(train.encoding, augmented=True))
+        rows = read_rows(read_text(args.mpl_data_path), tokenizer)
+        teacher_rows = None if same else read_rows(read_text(args.mpl_data_path), teacher.tokenizer(augmented=True))
+        super().__init__(run)
         self.teacher = teacher.to(self.accelerator.device)
         groups = parameter_groups(teacher.model, args.mpl_weight_decay, args.mpl_learning_rate)
         self.teacher_optimizer = torch.optim.AdamW(groups, lr=args.mpl_learning_rate, eps=args.adam_epsilon)
         self.teacher_scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.teacher_optimizer, lambda step: cosine_with_warmup(step, args.mpl_warmup_steps, self.total_steps))
         self.learned = [p for p in self.plain_model.parameters() if p.requires_grad]
-        self.unlabelled = self._endless(text)
+        self.unlabelled = self._endless(rows, teacher_rows)
         self.fall = 0.0  # of the student's loss, summed over the steps since the last log line
 
-    def _endless(self, text: UnlabelledText) -> Iterator[ReadTwice]:
-        sampler = BucketSampler(text.lengths, self.args.batch_size, seed=self.args.seed)
+    def read_batch(self, indices: Sequence[int]) -> Batch:
+        return read_twice(super().read_batch(indices), self.teacher_rows, indices)
+
+    def _endless(self, rows: list[np.ndarray], teacher_rows: list[np.ndarray] | None) -> Iterator[Batch]:
+        """Batches of the unlabelled text, again and again."""
+        sampler = BucketSampler(np.array([len(row) for row in rows]), self.args.batch_size, seed=self.args.seed)
+
+        def read(indices: Sequence[int]) -> Batch:
+            return read_twice(pad([rows[i] for i in indices]), teacher_rows, indices)
+
         while True:
-            yield from prefetch(text.batch, sampler)
+            yield from prefetch(read, sampler)
             sampler.epoch += 1
 
     def train_step(self, group: list[Batch], examples: int) -> None:
         device = self.accelerator.device
-        labelled = [cast(ReadTwice, batch).to(device) for batch in group]
+        labelled = [batch.to(device) for batch in group]
         unlabelled = [next(self.unlabelled).to(device) for _ in group]
 
-        def answers(batches: list[ReadTwice]) -> list[Tensor]:
+        def answers(batches: list[Batch]) -> list[Tensor]:
             with self.accelerator.autocast():
-                return [self.teacher(b.teacher.input_ids, b.teacher.attention_mask).float()
-                        for b in batches if b.teacher]
+                return [self.teacher(b.teacher.input_ids, b.teacher.attention_mask).float() for b in batches]
 
         def student_logits() -> Tensor:
             if not torch.is_grad_enabled():  # small differences need full precision and no dropout

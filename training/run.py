@@ -49,8 +49,7 @@ def load_data(args: argparse.Namespace, config: dict[str, Any], kind: str,
               taught: bool = False) -> tuple[EncodedData, EncodedData]:
     """The encoded training and valid data, checked against each other, label.txt, the config and the criterion.
 
-    Args:
-        taught: a teacher answers during training.
+    `taught`: a teacher answers during training.
     """
     folder = Path(args.data_dir)
     train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.{kind}")

@@ -14,9 +14,10 @@ on the same host look for its process, and a database misses its heartbeat from 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
-import gc
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ from cli.flags import Parser, changed, command_line, format_flag
 from cli.training_flags import TABLE, check_loss_flags
 from dataset import EncodedData
 from sentence_classifier.errors import FlagError, InputError
-from training.search_report import best_of, report
-from training.search_space import check_alone, check_space, default_space, suggest
+from training.search_space import check_space, default_space, suggest
 from training.trainer import Diverged
+from util import atomic_write, picture
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,8 @@ def open_storage(name: str) -> optuna.storages.BaseStorage:
         engine = {"connect_args": {"timeout": 60}} if name.startswith("sqlite") else {}  # workers wait for each other
         for attempt in range(5):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    return optuna.storages.RDBStorage(name, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
-                                                      heartbeat_stale_trial_callback=report_lost)
+                return optuna.storages.RDBStorage(name, engine, heartbeat_interval=HEARTBEAT, grace_period=GRACE,
+                                                  heartbeat_stale_trial_callback=report_lost)
             except SQLAlchemyError as error:
                 if attempt == 4 or not isinstance(error, DBAPIError):
                     raise
@@ -116,11 +115,6 @@ def check_journal(path: Path, lock: Any) -> None:
                 file.truncate(whole)
     finally:
         lock.release()
-
-
-def this_worker() -> dict[str, Any]:
-    """Who runs a trial: the host, the process and its start time, since the system reuses process numbers."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_lost(trial: FrozenTrial, me: dict[str, Any]) -> bool:
@@ -162,7 +156,8 @@ class Search:
     parser: Parser  # this and the two below are train.py's
     get_params: Callable[..., Any]
     run: Callable[..., dict[str, Any]]
-    me: dict[str, Any] = field(default_factory=this_worker)
+    me: dict[str, Any] = field(default_factory=lambda: {  # the start time, since the system reuses process numbers
+        "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()})
     number: int = -1  # of the trial that runs
 
     def trials(self) -> list[FrozenTrial]:
@@ -196,25 +191,13 @@ class Search:
 
     def run_trial(self) -> None:
         """Run one trial to its end, and free its memory."""
-        raised: list[Exception] = []
-
-        def objective(trial: Trial) -> float:
-            try:
-                return self.objective(trial)
-            except Exception as error:
-                raised.append(error)
-                raise
-
-        try:
-            self.study.optimize(objective, n_trials=1, catch=NoScore)
+        try:  # gc: an error and the frames in its traceback refer to each other, and these hold the trial's model
+            self.study.optimize(self.objective, n_trials=1, catch=NoScore, gc_after_trial=True)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
             # Optuna refuses the result of a trial that other workers have given up; other errors are training's own.
-            if error in raised or self.study.get_trials(deepcopy=False)[self.number].state.name != "FAIL":
+            if isinstance(error, ValueError) and not str(error).startswith("Cannot tell a FAIL trial"):
                 raise
             logger.warning("[trial %d] was given up by other workers while this one was suspended", self.number)
-        finally:  # An error and the frames in its traceback refer to each other, and these hold the trial's model.
-            raised.clear()
-            gc.collect()
 
     def give_up_lost_trials(self) -> None:
         """Mark the trials of dead workers failed."""
@@ -222,9 +205,7 @@ class Search:
             if is_lost(trial, self.me):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
                 logger.warning("[trial %d] its worker is gone: marked failed", trial.number)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self.study)
+        optuna.storages.fail_stale_trials(self.study)
 
     def objective(self, trial: Trial) -> float:
         """Draw values and train once. Returns the valid accuracy of the model that is kept."""
@@ -298,21 +279,21 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
     if args.resume:
         raise InputError("--resume: a search goes on by itself where it was stopped; leave --resume out.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # heartbeats
     source = args.hp_space or "--hp_search_optuna"
     space = check_space(read_json(args.hp_space) if args.hp_space else default_space(args.epoch), source)
     search_flags = {*(name for name in vars(args) if name.startswith("hp_")), "resume"}
-    places = {*(flag.name for flag in TABLE if flag.group.place), "config", "data_dir", "device"}
-
-    def check(name: str, value: Any) -> None:
-        """Try a value in the place of the user's own: an error is then this value's."""
-        own = command_line(parser, args, {*search_flags, name})
-        tried, _ = get_params([*own, *format_flag(parser.actions[name], value)])
-        check_loss_flags(tried, data[0].path, data[0].has_logits)
-
-    check_alone(space, source, check)
-    searching = search_flags | set(space)
-    base = command_line(parser, args, searching)
-    fixed = command_line(parser, args, searching | places)
+    places = {flag.name for flag in TABLE if flag.group.place}
+    for flag, rule in space.items():  # Refuse a value that no trial could take, before one is drawn.
+        own = command_line(parser, args, {*search_flags, flag})  # An error is then this value's.
+        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
+            try:
+                tried, _ = get_params([*own, *format_flag(parser.actions[flag], value)])
+                check_loss_flags(tried, data[0].path, data[0].has_logits)
+            except FlagError as error:
+                raise InputError(f"{source}: {flag}: {error}") from None
+    base = command_line(parser, args, search_flags | set(space))
+    fixed = command_line(parser, args, search_flags | set(space) | places)
     made_from = json.dumps([read_json(args.config), data[0].encoding.decisive(), data[1].encoding.source_sha256, space,
                             fixed], sort_keys=True)
     identity = hashlib.sha256(made_from.encode()).hexdigest()[:12]
@@ -333,8 +314,8 @@ def search(args: argparse.Namespace, parser: Parser, get_params: Callable[..., A
         study.set_user_attr("made_from", identity)
         folder.mkdir(parents=True, exist_ok=True)
         worker = Search(study, "://" in place, space, base, folder, args.hp_trials, parser, get_params, run)
-        done = len(worker.trials())
-        logger.info("[study %s] %d of %d trials are there; files in %s", name, done, args.hp_trials, folder)
+        logger.info("[study %s] %d of %d trials are there; files in %s", name, len(worker.trials()), args.hp_trials,
+                    folder)
         worker.work()
         worker.remove_beaten()
         report(worker)
@@ -357,3 +338,89 @@ class Sampler(optuna.samplers.TPESampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         # All that a sampler holds beside its settings is its generator, and there is no other way to seed it.
         super().__init__(seed=int(np.random.SeedSequence((self.seed, trial.number)).generate_state(1)[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The complete trial with the highest score; of equals the first."""
+    complete = (trial for trial in trials if trial.state.name == "COMPLETE")
+    return max(complete, key=lambda trial: (score(trial), -trial.number), default=None)
+
+
+def score(trial: FrozenTrial) -> float:
+    """The valid accuracy of a complete trial, or the last one of a pruned trial."""
+    assert trial.value is not None
+    return trial.value
+
+
+def rows(search: Search) -> Iterator[dict[str, Any]]:
+    """A row for each trial, lost ones included."""
+    for trial in search.study.get_trials(deepcopy=False):
+        if "surplus" in trial.user_attrs:
+            continue
+        seconds = round(trial.duration.total_seconds(), 1) if trial.duration else None
+        worker = trial.user_attrs.get("worker", {})
+        yield {"trial": trial.number, "state": trial.state.name.lower(),
+               "valid_accuracy": trial.value, **{name: trial.params.get(name) for name in search.space},
+               "epochs": trial.last_step, "seconds": seconds,
+               "worker": f"{worker['host']}:{worker['pid']}" if worker else None,
+               "error": trial.user_attrs.get("error")}
+
+
+def report(worker: Search) -> None:
+    """Print the table of trials and the best trial's command; write the table as CSV, and the picture."""
+    table = list(rows(worker))
+    with atomic_write(worker.folder / "trials.csv") as file:
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    best = best_of(worker.trials())
+    shown = [name for name in table[0] if name not in ("worker", "error")]
+    cells = [shown] + [[_cell(row[name]) + " *" * (name == "trial" and best is not None and row[name] == best.number)
+                        for name in shown] for row in table]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(shown))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if best is None:
+        raise InputError("no trial came to its end; widen the space (--hp_space).")
+    draw(worker, worker.folder / "trials.png")
+    print(f"\ntrial {best.number} is the best, valid accuracy {best.value:.4f}; its model is "
+          f"{worker.folder / f'{best.number}.pt'}, and by this command it is trained again:\n\n"
+          f"{best.user_attrs['command']}\n")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(worker: Search, path: Path) -> None:
+    """Draw the score of each trial on the left, and on the right how much each flag mattered."""
+    complete, pruned = (worker.study.get_trials(deepcopy=False, states=(state,))
+                        for state in (TrialState.COMPLETE, TrialState.PRUNED))
+    with picture(path, columns=2, figsize=(11, 4), width_ratios=(3, 2)) as (_, (left, right)):
+        for trials, mark, colour, label in ((complete, "o", "tab:blue", "complete"),
+                                            (pruned, "x", "tab:gray", "pruned, at its last epoch")):
+            left.plot([trial.number for trial in trials], [100 * score(trial) for trial in trials], mark, color=colour,
+                      label=label)
+        so_far = list(itertools.accumulate((100 * score(trial) for trial in complete), max))
+        left.step([trial.number for trial in complete], so_far, where="post", color="tab:orange", label="best so far")
+        left.set(title=worker.study.study_name, xlabel="trial", ylabel="accuracy on valid, %")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.grid(alpha=0.3)
+        left.legend()
+        shares = importances(worker)
+        right.barh(list(shares), list(shares.values()), color="tab:blue")
+        right.invert_yaxis()
+        right.set(title="importance" if shares else "importance: too few complete trials", xlim=(0, 1), xlabel="share")
+
+
+def importances(worker: Search) -> dict[str, float]:
+    """The share of each flag (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255), largest first; empty: unknown."""
+    scores = [score(trial) for trial in worker.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    if len(scores) < 4 or len(set(scores)) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return optuna.importance.get_param_importances(worker.study)

@@ -10,12 +10,11 @@ A range of whole numbers includes both ends; "log" draws evenly in the logarithm
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cli.flags import did_you_mean, number_list
 from cli.training_flags import SEARCHABLE, Flag
-from sentence_classifier.errors import FlagError, InputError
+from sentence_classifier.errors import InputError
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -56,20 +55,18 @@ def _check_values(flag: Flag | None, rule: Any, where: str, hint: str) -> Any:
     if missing := next((key for key in ("low", "high") if key not in rule), None):
         raise InputError(f"{where}: {missing} is missing.")
     low, high = (_check_value(flag, rule[key], f"{where}: {key}") for key in ("low", "high"))
-    if low > high:
-        raise InputError(f"{where}: low is {low}, above high, which is {high}.")
     log, step = rule.get("log", False), rule.get("step")
-    if not isinstance(log, bool):
-        raise InputError(f"{where}: log is {json.dumps(log)} and must be true or false.")
-    if log and low <= 0:
-        raise InputError(f"{where}: low is {low}, and log needs it above 0.")
-    if step is not None:
-        whole = isinstance(low, int)
-        if log:
-            raise InputError(f"{where}: log and step do not go together; leave one of them out.")
-        if isinstance(step, bool) or not isinstance(step, int if whole else int | float) or step <= 0:
-            raise InputError(f"{where}: step is {json.dumps(step)} and must be a "
-                             f"{'whole ' if whole else ''}number above 0.")
+    kinds, number = ((int,), "whole number") if isinstance(low, int) else ((int, float), "number")
+    for wrong, says in (
+        (low > high, f"low is {low}, above high, which is {high}"),
+        (not isinstance(log, bool), f"log is {json.dumps(log)} and must be true or false"),
+        (log and low <= 0, f"low is {low}, and log needs it above 0"),
+        (log and step is not None, "log and step do not go together; leave one of them out"),
+        (step is not None and (type(step) not in kinds or step <= 0),
+         f"step is {json.dumps(step)} and must be a {number} above 0"),
+    ):
+        if wrong:
+            raise InputError(f"{where}: {says}.")
     return {"low": low, "high": high, "log": log, "step": step}
 
 
@@ -79,23 +76,6 @@ def _check_value(flag: Flag, value: Any, where: str) -> Any:
     except ValueError as error:
         raise InputError(f"{where} is {json.dumps(value)}: {error}.") from None
     return held if isinstance(held, int | float) else value  # a list of layers stays as it is written
-
-
-def check_alone(space: dict[str, Any], source: str, check: Callable[[str, Any], None]) -> None:
-    """Refuse a listed value or the end of a range that no trial could take, before one is drawn.
-
-    Args:
-        check: of a flag and a value; raises FlagError if they do not go with the command line, config and data.
-
-    Raises:
-        InputError: names the file and the key.
-    """
-    for name, rule in space.items():
-        for value in rule if isinstance(rule, list) else (rule["low"], rule["high"]):
-            try:
-                check(name, value)
-            except FlagError as error:
-                raise InputError(f"{source}: {name}: {error}") from None
 
 
 def suggest(trial: Trial, space: dict[str, Any]) -> dict[str, Any]:

@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from pretrained.loading import attention_of
 
 _LEVELS = 1 << 16  # of a random number of 16 bits
-_ON_CPU, _ON_GPU = "training_on_cpu", "training_on_gpu"  # among transformers' implementations of attention
 
 
 def speed_up_training(transformer: Any, device: torch.device, token_ids: Any) -> None:
     """Make a model of the transformers library fast to train. To be called before its optimizer is made.
 
-    Args:
-        token_ids: all of the training data's, an array of integers; None: train the whole token table.
+    Of the token table only the rows of `token_ids` (all of the training data's) are trained; None: the whole table.
     """
     for module in transformer.modules():
         if type(module) is nn.Dropout:
@@ -45,14 +43,14 @@ def choose_attention(transformer: Any, device: torch.device) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import eager_mask
 
-    if device.type == "cpu":
-        AttentionInterface.register(_ON_CPU, attention)
-        AttentionMaskInterface.register(_ON_CPU, eager_mask)
-        transformer.set_attn_implementation(_ON_CPU)
-    elif device.type == "cuda":
-        AttentionInterface.register(_ON_GPU, sdpa_attention_forward)
-        AttentionMaskInterface.register(_ON_GPU, mask_without_asking)
-        transformer.set_attn_implementation(_ON_GPU)
+    ways: dict[str, Any] = {"cpu": (attention, eager_mask), "cuda": (sdpa_attention_forward, mask_without_asking)}
+    if device.type in ways:
+        name = f"training_on_{device.type}"  # among transformers' implementations of attention
+        compute, make_mask = ways[device.type]
+        AttentionInterface.register(name, compute)
+        AttentionMaskInterface.register(name, make_mask)
+        transformer.set_attn_implementation(name)
+    if device.type == "cuda":
         # cuDNN, which torch prefers in half precision on Hopper GPUs, plans anew for each new batch size and length,
         # and batches of like sentences have many.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -16,13 +16,17 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,16 +35,7 @@ from compression.quantization import start_quantization
 from dataset import Batch, BucketSampler, prefetch, shard
 from pretrained.surgery import merged_weights
 from sentence_classifier.errors import InputError
-from training.curves import Curves
-from training.distributed import (
-    gather,
-    is_sharded,
-    load_optimizer_state,
-    optimizer_state,
-    prepare,
-    total,
-    whole_weights,
-)
+from training.distributed import is_sharded, load_optimizer_state, optimizer_state, prepare, total, whole_weights
 from training.losses import (
     WeightAverage,
     balanced_class_weights,
@@ -96,15 +91,14 @@ class EarlyStopping:
 
     def is_better(self, metrics: dict[str, float], best: dict[str, Any]) -> bool:
         """Whether a model with these metrics takes the place of the best one so far (empty: there is none)."""
-        tie = False
         if not best or self.measure == "last":
-            better = True
+            better = gain = True
         elif self.measure == "loss":
-            better = metrics["loss"] < best["valid_loss"]
+            better = gain = metrics["loss"] < best["valid_loss"]
         else:
-            tie = metrics["accuracy"] == best["valid_accuracy"]
-            better = tie or metrics["accuracy"] > best["valid_accuracy"]
-        self.gained |= better and not tie
+            better = metrics["accuracy"] >= best["valid_accuracy"]
+            gain = metrics["accuracy"] > best["valid_accuracy"]
+        self.gained |= gain
         return better
 
     def ends(self) -> bool:
@@ -128,10 +122,26 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each evaluation
     finished: bool = False
 
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Self:
-        """From what dataclasses.asdict made of it."""
-        return cls(**{**found, "stopping": EarlyStopping(**found["stopping"])})
+
+class Curves:
+    """TensorBoard's curves of a run, written at once. Where the disk is full they break off without ending the run.
+
+    Points from `step` on that an earlier file in the folder holds are void.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = EventsWriter(str(folder / "events"))
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        self._write(step, summary=scalar(name, value))
+
+    def _write(self, step: int, **content: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.file.write_event(Event(wall_time=time.time(), step=step, **content))
+            self.file.flush()
 
 
 class Trainer:
@@ -162,7 +172,6 @@ class Trainer:
         self.valid_data = run.valid
         self.processes = accelerator.num_processes
         self.notes: dict[str, Any] = {}  # what the results say beside the history
-        # What an optimizer step takes is drawn whole, so that it does not depend on how it is cut.
         step_batch_size = args.batch_size * args.gradient_accumulation_steps * self.processes
         self.sampler = BucketSampler(run.train.lengths, step_batch_size, seed=args.seed)
         weights = None
@@ -211,16 +220,16 @@ class Trainer:
         random = {"cpu": torch.get_rng_state()}
         if self.accelerator.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
-        with contextlib.ExitStack() as stack:
-            if not self.progress.finished:
-                stack.enter_context(whole_weights(self.plain_model, self.accelerator))
+        finished = self.progress.finished
+        with contextlib.nullcontext() if finished else whole_weights(self.plain_model, self.accelerator):
+            if not finished:
                 state |= {
                     "model": self.plain_model.state_dict(),
                     "optimizer": optimizer_state(self.optimizer, self.parameters, self.accelerator),
                     "scheduler": {"last_epoch": self.scheduler.last_epoch},
                     "average": self.average.state_dict() if self.average else None,
                     "quantization": self.quantization.state_dict() if self.quantization else None,
-                    "random": gather(random, self.accelerator),
+                    "random": gather_object([random]),
                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 }
             if self.accelerator.is_main_process:
@@ -246,7 +255,7 @@ class Trainer:
             raise InputError(f"{self.state_path}: the run to resume had another config or other data; "
                              "start anew without --resume.")
         self.info = replace(self.info, run_id=state["run"].run_id)
-        self.progress = Progress.from_json(state["progress"])
+        self.progress = Progress(**{**state["progress"], "stopping": EarlyStopping(**state["progress"]["stopping"])})
         self.saved_at_end = not self.progress.position and not moved
         if moved and not self.progress.finished:
             self.progress.step = self.progress.epoch * self.steps_per_epoch
@@ -326,10 +335,14 @@ class Trainer:
         steps = self.sampler.batches()[self.progress.position :]
         parts = functools.partial(shard, size=self.args.batch_size, processes=self.processes,
                                   process=self.accelerator.process_index)
-        batches = prefetch(self.train_data.batch, (part for step in steps for part in parts(step)),
+        batches = prefetch(self.read_batch, (part for step in steps for part in parts(step)),
                            self.accelerator.device.type == "cuda")
         for step in steps:
             yield [next(batches) for _ in parts(step)], len(step)
+
+    def read_batch(self, indices: Sequence[int]) -> Batch:
+        """The training data's batch of the examples at `indices`. A subclass may add to it."""
+        return self.train_data.batch(indices)
 
     def train_step(self, group: list[Batch], examples: int) -> None:
         """One optimizer step, down the gradient of the mean over the examples of all processes' batches.
@@ -338,16 +351,21 @@ class Trainer:
             group: this process's batches.
             examples: in those of all processes.
         """
+        sharded = is_sharded(self.accelerator)
         for place, batch in enumerate(group, 1):
             batch = batch.to(self.accelerator.device, non_blocking=True)
-            with self._backward(last=place == len(group)) as backward:
+            last = place == len(group)  # then processes put their gradients together
+            if sharded:
+                self.accelerator.sync_gradients = last  # DeepSpeed steps at once then
+            with contextlib.nullcontext() if last or sharded else self.accelerator.no_sync(self.model):
                 loss = self._loss(batch)
-                backward(loss / (examples / self.processes))  # gradients are averaged over processes
+                self.accelerator.backward(loss / (examples / self.processes),  # gradients are averaged over processes
+                                          **({"scale_wrt_gas": False} if sharded else {}))
             self.losses.append(loss.detach())
         self.progress.loss_count += examples
         if self.accelerator.device.type == "cpu" or self.progress.step % STEPS_UNREAD == 0:
             self.read_losses()
-        if self.args.max_grad_norm and not is_sharded(self.accelerator):
+        if self.args.max_grad_norm and not sharded:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler else 1.0
@@ -379,16 +397,6 @@ class Trainer:
             logits = self.model(batch.input_ids, batch.attention_mask).float()
         logits = logits[: len(batch)]
         return self.criterion(logits, batch.targets), logits
-
-    @contextlib.contextmanager
-    def _backward(self, last: bool) -> Iterator[Callable[..., None]]:
-        """The backward pass of a batch; with the last one of a step, processes put their gradients together."""
-        if is_sharded(self.accelerator):
-            self.accelerator.sync_gradients = last  # DeepSpeed steps at once then
-            yield functools.partial(self.accelerator.backward, scale_wrt_gas=False)
-        else:
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                yield self.accelerator.backward
 
     def _loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, summed over its examples.

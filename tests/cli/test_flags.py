@@ -20,7 +20,7 @@ import evaluate
 import fastformers
 import preprocess
 import train
-from cli.config import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, RECIPE_KEYS, load_config
+from cli.config import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, load_config
 from cli.flags import Parser
 from cli.training_flags import CONFIG_FLAGS, DEFAULT_EPOCHS, TABLE, Flag
 from sentence_classifier.errors import InputError
@@ -123,7 +123,7 @@ def test_broken_json(tmp_path: Path, content: bytes, says: str) -> None:
 anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                         lambda inner: (st.lists(inner, max_size=3)
                                        | st.dictionaries(st.text(max_size=3), inner, max_size=2)), max_leaves=5)
-config_keys = st.sampled_from(sorted({"surplus", *make_config("densenet-cnn"), *RECIPE_KEYS}))
+config_keys = st.sampled_from(sorted({"surplus", *make_config("densenet-cnn"), *CONFIG_FLAGS}))
 
 
 @settings(max_examples=200)
@@ -181,7 +181,7 @@ def test_what_a_flag_takes_a_config_takes(tmp_path: Path, name: str, value: Any)
 
 
 @settings(max_examples=300)
-@given(flag=st.sampled_from([flag for flag in CONFIG_FLAGS.values() if flag.action is None]), value=TYPED)
+@given(flag=st.sampled_from([flag for flag in TABLE if flag.in_config and flag.action is None]), value=TYPED)
 def test_a_flag_and_a_config_take_the_same_values(shared_path: Path, flag: Flag, value: Any) -> None:
     """The values of numbers and words, and what the run then holds; a switch is true or false in a config."""
     typed: Any = InputError

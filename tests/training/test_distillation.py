@@ -27,19 +27,22 @@ from sentence_classifier.labels import Labels
 from training import distillation
 from training.distillation import (
     DistillationTrainer,
-    TaughtData,
     Teacher,
     answer,
     attention_loss,
     keep_inside,
-    logit_loss,
     matched_layers,
     state_loss,
 )
+from training.losses import make_criterion
 from training.run import Run
 from util import load_checkpoint, save_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- losses
+
+
+def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    return make_criterion("KLDivLoss", temperature=temperature)(student, teacher)
 
 
 def test_logit_loss_is_the_divergence_at_a_temperature() -> None:
@@ -205,13 +208,14 @@ def make_trainer(place: Place, *flags: str, **changes: Any) -> DistillationTrain
            "state_distill_cs": False, "logging_steps": 2, "log_evaluate_during_training": False}
     args = argparse.Namespace(**{**vars(args), **own, **changes})
     teacher, data = load(place), EncodedData(place.data / "train.txt.ids")
-    taught = TaughtData(data.path, answer(teacher, data, False, 8, torch.device("cpu")))
+    logits = answer(teacher, data, False, 8, torch.device("cpu"))
     model = load(place).model
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     valid = EncodedData(place.data / "valid.txt.ids")
-    return DistillationTrainer(Run(args, taught, valid, make_run_info(), model, Accelerator(cpu=True)), teacher)
+    run = Run(args, data, valid, make_run_info(), model, Accelerator(cpu=True))
+    return DistillationTrainer(run, teacher, logits)
 
 
 def test_the_loss_is_the_sum_of_its_parts(trained: Place) -> None:
@@ -224,7 +228,7 @@ def test_the_loss_is_the_sum_of_its_parts(trained: Place) -> None:
     trainer.args.hard_loss_ratio = 0.25
     loss, logits = trainer.objective(batch)
     hard = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-    expected = 0.25 * hard + 0.75 * logit_loss(logits, batch.teacher_logits, 2.0)
+    expected = 0.25 * hard + 0.75 * logit_loss(logits, batch.teacher, 2.0)
     torch.testing.assert_close(loss, expected)
     trainer.args.hard_loss_ratio = 1.0
     torch.testing.assert_close(trainer.objective(batch)[0], hard)
@@ -257,9 +261,7 @@ def test_models_that_tell_what_they_compute_inside(name: str, says: str | None, 
 
 def test_batches_bring_the_answers_of_their_sentences(trained: Place) -> None:
     trainer = make_trainer(trained)
-    assert isinstance(trainer.train_data, TaughtData)
-    logits = trainer.train_data.logits
-    batch = trainer.train_data.batch([4, 0, 9])
-    assert torch.equal(batch.teacher_logits, torch.from_numpy(logits[[4, 0, 9]]))
+    batch = trainer.read_batch([4, 0, 9])
+    assert torch.equal(batch.teacher, torch.from_numpy(trainer.logits[[4, 0, 9]]))
     moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.teacher_logits, batch.teacher_logits) and torch.equal(moved.targets, batch.targets)
+    assert torch.equal(moved.teacher, batch.teacher) and torch.equal(moved.targets, batch.targets)

@@ -15,10 +15,11 @@ from conftest import Place
 from helpers import make_lines, write_lines
 from torch import Tensor, nn
 
-from dataset import EncodedData
+from dataset import EncodedData, pad
 from sentence_classifier.errors import InputError
 from sentence_classifier.tokenizers import WORDS, TokenizerInfo, WordTokenizer
-from training.meta_pseudo_labels import LabelledText, UnlabelledText, log_probability_slopes, meta_loss, read_text
+from training.distillation import read_sentences
+from training.meta_pseudo_labels import log_probability_slopes, meta_loss, read_rows, read_text, read_twice
 
 SENTENCES, LABELS, FEATURES = 3, 2, 4
 
@@ -163,20 +164,20 @@ def test_student_and_teacher_read_the_same_sentences(encoded: Place) -> None:
     info = TokenizerInfo(kind=WORDS, tokenizer="whitespace", lowercase=True, n_ctx=100)
     own = WordTokenizer(vocabulary, info)
     other = WordTokenizer("\n".join(reversed(vocabulary.splitlines())), replace(info, n_ctx=4))
-    places = [1499, 0, 1024, 7]
-    for text, sentences in ((UnlabelledText(str(path), own, other), [sentence for sentence, _ in lines]),
-                            (LabelledText(encoded.data / "train.txt.ids", other), None)):
-        if sentences is None:
-            sentences = [line.split("\t")[0] for line in (encoded.data / "train.txt").read_text().splitlines()]
-            places = [3, 45, 0]
-        batch = text.batch(places)
+    rows, teacher_rows = (read_rows(read_text(str(path)), tokenizer) for tokenizer in (own, other))
+    train = EncodedData(encoded.data / "train.txt.ids")
+    unlabelled = read_twice(pad([rows[place] for place in [1499, 0, 1024, 7]]), teacher_rows, [1499, 0, 1024, 7])
+    labelled = read_twice(train.batch([3, 45, 0]), read_rows(read_sentences(train), other), [3, 45, 0])
+    for batch, places, sentences in (
+            (unlabelled, [1499, 0, 1024, 7], [sentence for sentence, _ in lines]),
+            (labelled, [3, 45, 0], [line.split("\t")[0]
+                                    for line in (encoded.data / "train.txt").read_text().splitlines()])):
         assert batch.teacher is not None and len(batch) == len(places)
         for row, (place, part, encoder) in enumerate(itertools.chain(
                 ((place, batch, own) for place in places), ((place, batch.teacher, other) for place in places))):
             kept = part.input_ids[row % len(places)][part.attention_mask[row % len(places)]]
             assert kept.tolist() == encoder(sentences[place])
-    train = EncodedData(encoded.data / "train.txt.ids")
-    batch = LabelledText(train.path, None).batch([5, 6])
+    batch = read_twice(train.batch([5, 6]), None, [5, 6])
     assert batch.teacher is not None and torch.equal(batch.teacher.input_ids, batch.input_ids)
     moved = batch.to(torch.device("cpu"))
     assert moved.teacher is not None and moved.targets is not None and moved.targets.tolist() == [1, 2]

@@ -124,7 +124,7 @@ def test_attention_for_a_gpu_is_torchs(tmp_path: Path, name: str) -> None:
         for device in (None, "cuda"):
             if device:
                 choose_attention(model, torch.device(device))
-                assert attention_of(model) == "training_on_gpu" and not torch.backends.cuda.cudnn_sdp_enabled()
+                assert attention_of(model) == "training_on_cuda" and not torch.backends.cuda.cudnn_sdp_enabled()
             with torch.no_grad():
                 answers.append([model(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
                                 for mask in masks])
