@@ -9,6 +9,7 @@ Writes  RESULTS/VERB.json of each VERB, a picture of inference, chain and accura
     python benchmark.py chain               how a teacher and its students, left in --checkpoints by accuracy, answer
     python benchmark.py int8                every way of int8, and a sweep over threads
     python benchmark.py zero                memory of two processes with DeepSpeed, by stage: about 8 GB
+    python benchmark.py gpu                 fine-tuning and answering on a GPU, in fp32, in bf16 and compiled
     python benchmark.py table               print again what RESULTS holds; write overview.png there and, of the
                                             repository's own results, the tables in its documents
 
@@ -36,7 +37,7 @@ from util import ROOT, write_json
 # A verb's module in benchmarks/ has its name and measures by measure(args, folder).
 USUAL = ("speed", "vectors", "augment", "finetune", "inference", "scale")
 # What needs trained models, an hour or several processes: only where asked for.
-BY_NAME = ("chain", "int8", "zero", "accuracy")
+BY_NAME = ("chain", "int8", "zero", "gpu", "accuracy")
 VERBS = (*USUAL, *BY_NAME, "table")
 
 
@@ -58,7 +59,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed")
     replace(FLAGS["config"], default=CONFIGS["cnn"]).add_to(speed)
     FLAGS["data_dir"].add_to(speed)
-    transformers = parser.add_argument_group("finetune, scale, and accuracy of minilm-*")
+    transformers = parser.add_argument_group("finetune, scale, gpu, and accuracy of minilm-*")
     replace(FLAGS["bert_model_name_or_path"], default="embeddings/all-MiniLM-L6-v2").add_to(transformers)
     inference = parser.add_argument_group("inference, int8")
     inference.add_argument("--inference_models", nargs="+", default=INFERENCE_MODELS, choices=INFERENCE_MODELS,

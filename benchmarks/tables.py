@@ -207,7 +207,7 @@ def commands(results: Path) -> str:
         return markdown(["command", "word vectors", "exit statuses", "valid, %", "test, %"], rows, found["about"])
 
 
-FIGURES = ("speed", "vectors", "augment", "finetune", "scale", "zero")
+FIGURES = ("speed", "vectors", "augment", "finetune", "scale", "zero", "gpu")
 TABLES: dict[str, Callable[[Path], str]] = {
     "overview": overview, "accuracy": accuracy, "accuracy-sst2": partial(accuracy_on, "sst2"), "commands": commands,
     **{name: partial(ratios, name) for name in FIGURES},

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import make_model
 from conftest import Place
-from helpers import ROOT, refusal, write_config
+from helpers import ROOT, make_config, refusal, write_config
 from helpers import run_benchmark as run
 
 import benchmark
-from benchmarks import harness, recipes, scale, speed, tables, vectors
+from benchmarks import gpu, harness, recipes, scale, speed, tables, vectors
+from model import WordEmbedding, build_model
 from text.lines import TsvReader
 
 
@@ -133,6 +135,18 @@ def test_no_data_is_no_measurement(raw: Place) -> None:
     for verb in ("speed", "scale", "finetune", "inference"):
         assert ("data/nowhere/train.txt: no such file; fetch data sets with python etc/download_datasets.py"
                 in refusal(benchmark.main, verb, "--data_dir=data/nowhere"))
+
+
+def test_gpu_where_there_is_none() -> None:
+    assert "a CUDA device, and there is none" in refusal(benchmark.main, "gpu")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_answers_of_a_device_are_compared(precision: str) -> None:
+    """With the CPU in a GPU's place."""
+    model = build_model(make_config("cnn"), 3, WordEmbedding(torch.randn(9, 12), 9))
+    got = gpu.answer(model, [[2, 3], [4], [5, 6, 7]], torch.device("cpu"), precision, compiled=False)
+    assert got["agreeing"] > 0.5 and (got["distance"] > 0) == (precision == "bf16") and got["median_ms"] > 0
 
 
 def test_vectors(capsys: pytest.CaptureFixture[str]) -> None:
