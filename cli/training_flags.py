@@ -174,7 +174,7 @@ TABLE = (
          "licence CC BY-NC 4.0: no commercial use.", action="store_true"),
     Flag("diffq_penalty", QUANTIZATION, "DiffQ's penalty for each MB of the model's size.", number(), 1e-3),
 
-    Flag("device", MACHINE, "Compute on cpu, cuda, cuda:1, mps ....", says_default="cuda where there is one, else cpu"),
+    Flag("device", MACHINE, "Compute on cpu, cuda, cuda:1 or mps.", says_default="cuda where there is one, else cpu"),
     Flag("mixed_precision", MACHINE, "The precision of training steps; auto: bf16 where the processor or GPU is fast "
          "at it.", default="auto", choices=("auto", "no", "bf16", "fp16")),
     Flag("compile", MACHINE, "Compile the model first, which takes minutes and a C++ compiler: it pays in long runs.",
