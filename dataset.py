@@ -25,7 +25,7 @@ from sentence_classifier import batches
 from sentence_classifier.errors import InputError
 from sentence_classifier.labels import Labels
 from text.arrays import ENCODED_FORMAT, has_fingerprint, open_arrays
-from text.labels import UNKNOWN_LABEL
+from text.labels import NO_LABEL, NO_LABELS, UNKNOWN_LABEL
 from util import EncodingInfo, RunInfo, sha256
 
 
@@ -39,7 +39,8 @@ class Batch:
     Attributes:
         input_ids: [B, T] int64, 0 at pad positions.
         attention_mask: [B, T] bool, True at real tokens.
-        targets: class ids [B] int64, or logits [B, C] float32, or None for unlabelled text; [0] to count for nothing.
+        targets: class ids [B] int64, label sets [B, C] bool, or logits [B, C] float32; None for unlabelled text; of no
+            sentence to count for nothing.
         teacher: with a teacher, its logits [B, C], or the Batch of the same sentences as it reads them.
     """
 
@@ -76,7 +77,10 @@ class EncodedData:
     Attributes:
         encoding: what made it.
         lengths: [N] tokens in each sentence.
-        targets: [N] int32 class ids or [N, C] float32 logits.
+        targets: [N] int32 class ids, [N, C] uint8 label sets or [N, C] float32 logits.
+        unknown: [N] with several labels a sentence, how many of its labels train.txt lacks; NO_LABELS: it has none.
+        has_logits: whether the targets are a teacher's logits.
+        multi_label: whether a sentence may have several labels.
         length_multiple: batches are padded to a multiple of it: a GPU chooses kernels anew for each length.
 
     Raises:
@@ -101,7 +105,10 @@ class EncodedData:
         self.path = path
         self.token_ids = arrays["token_ids"]
         self.offsets = arrays["offsets"]
-        self.targets = arrays["logits"] if "logits" in arrays else arrays["labels"]
+        self.has_logits, self.multi_label = "logits" in arrays, self.encoding.multi_label
+        sets = arrays.get("label_sets")
+        self.unknown = None if sets is None else sets[:, -1]
+        self.targets = arrays["logits"] if self.has_logits else arrays["labels"] if sets is None else sets[:, :-1]
         self.lengths = np.diff(self.offsets)
         self.source = path.with_suffix("")
         if self.source.exists() and sha256(self.source) != self.encoding.source_sha256:
@@ -113,20 +120,26 @@ class EncodedData:
         return Labels(self.encoding.labels)
 
     @property
-    def has_logits(self) -> bool:
-        """Whether the targets are logits."""
-        return self.targets.ndim == 2
-
-    @property
     def unknown_labels(self) -> int:
         """How many sentences have a label that train.txt lacks."""
+        if self.unknown is not None:
+            return int(np.isin(self.unknown, (0, NO_LABELS), invert=True).sum())
         return 0 if self.has_logits else int((self.targets == UNKNOWN_LABEL).sum())
+
+    @property
+    def lacks_labels(self) -> bool:
+        """Whether it is text without labels."""
+        if self.has_logits:
+            return False
+        return bool((self.targets == NO_LABEL).any() if self.unknown is None else (self.unknown == NO_LABELS).any())
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def class_ids(self) -> np.ndarray:
-        """[N] the class of each example: its label, or the largest logit."""
+        """The class of each example [N], its label or the largest logit; with several, which it has [N, C] bool."""
+        if self.multi_label:
+            return np.asarray(self.targets) > 0
         return self.targets.argmax(1) if self.has_logits else np.asarray(self.targets)
 
     def word_counts(self) -> Tensor:
@@ -145,7 +158,8 @@ class EncodedData:
         """The batch of the examples at `indices`; of none, a sentence without a target, see Batch."""
         rows = self.rows(indices or [0])
         targets = self.targets[np.asarray(indices, dtype=np.int64)]
-        return pad(rows, targets.astype(np.float32 if self.has_logits else np.int64), self.length_multiple)
+        kind = np.float32 if self.has_logits else np.bool_ if self.multi_label else np.int64
+        return pad(rows, targets.astype(kind), self.length_multiple)
 
 
 def check_same_data(data: EncodedData, run: RunInfo, path: str) -> None:
@@ -154,7 +168,7 @@ def check_same_data(data: EncodedData, run: RunInfo, path: str) -> None:
         raise InputError(f"{data.path}: its labels ({', '.join(data.labels.names)}) are not those of "
                          f"{path} ({', '.join(run.labels.names)}).")
     for fact, what in (("vocab_sha256", "vocabulary"), ("tokenizer", "tokenizer"), ("lowercase", "lowercase setting"),
-                       ("n_ctx", "n_ctx")):
+                       ("n_ctx", "n_ctx"), ("multi_label", "number of labels a sentence")):
         if getattr(data.encoding, fact) != getattr(run.encoding, fact):
             raise InputError(f"{data.path}: encoded with another {what} than {path} was trained with; run "
                              "preprocess.py as for that model (evaluate.py --enable_inference reads raw text).")

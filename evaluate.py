@@ -33,15 +33,32 @@ from cli.flags import Parser, natural_int, number, one_of, positive_int, thread_
 from cli.training_flags import FLAGS
 from sentence_classifier.batches import by_length
 from sentence_classifier.classifier import OnnxClassifier, TextClassifier, load
-from sentence_classifier.command_line import answer_lines
+from sentence_classifier.command_line import add_format_flags, add_input_flags, answer_input
+from sentence_classifier.decisions import ONE_LABEL, Decision, differing
 from sentence_classifier.errors import InputError, fail_cleanly
-from sentence_classifier.labels import Labels
-from sentence_classifier.lines import SentenceReader
+from sentence_classifier.labels import Labels, split_labels
 from sentence_classifier.tokenizers import make_tokenizer
-from text.evaluation_report import EvaluationReport, clip, draw_confusion, time_figures, write_predictions
+from text.evaluation_report import (
+    EvaluationReport,
+    LabelSetReport,
+    clip,
+    draw_confusion,
+    time_figures,
+    write_predictions,
+)
 from text.labels import label_parser, write_logits_info
 from text.lines import TsvReader, chunks, progress
-from util import RUN_ID, RunInfo, atomic_write, git_revision, saved_fact, setup_logging, versions, write_json
+from util import (
+    RUN_ID,
+    EncodingInfo,
+    RunInfo,
+    atomic_write,
+    git_revision,
+    saved_fact,
+    setup_logging,
+    versions,
+    write_json,
+)
 
 if TYPE_CHECKING:  # it imports torch
     from dataset import EncodedData
@@ -73,8 +90,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     what.add_argument("--enable_inference", action="store_true",
                       help="Measure on raw text, one sentence at a time, with tokenization in the measured time.")
     what.add_argument("--input_path",
-                      help="Classify the lines of this file, or of standard input if it is -, and print one JSON "
-                           "object a line.")
+                      help="Classify the lines of this file, or the rows of this table (CSV, TSV, JSON lines, "
+                           "parquet), and print one JSON object a line; - is standard input.")
     what.add_argument("--augmented", action="store_true",
                       help="Label augmented.raw with logits, in fp32, for a student to learn from.")
     what.add_argument("--more_teachers", nargs="+", default=[], metavar="MODEL_PATH",
@@ -85,6 +102,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     what.add_argument("--batch_size", type=positive_int, default=1,
                       help="How many sentences are computed together (default: %(default)s).")
     what.add_argument("--skip_bad_lines", action="store_true", help="Leave out unusable lines, and count them.")
+    add_input_flags(parser.add_argument_group("tables"))
+    add_format_flags(parser.add_argument_group("how a table is written"))
     onnx = parser.add_argument_group("ONNX")
     onnx.add_argument("--convert_onnx", action="store_true",
                       help="Export the checkpoint to ONNX, check that the export agrees with it, and end.")
@@ -164,7 +183,7 @@ class TorchClassifier(TextClassifier):
 
         self.checkpoint = load_checkpoint(path)
         run = self.checkpoint.run
-        super().__init__(run.labels, make_tokenizer(run.vocabulary, run.encoding))
+        super().__init__(run.labels, make_tokenizer(run.vocabulary, run.encoding), run.decision)
         self.device = choose_device(device)
         use_device(self.device)
         self.model: Any = load_classifier(self.checkpoint, [data_dir, run.flags["data_dir"]]).to(self.device).eval()
@@ -250,9 +269,9 @@ def convert(args: argparse.Namespace, config: Config) -> None:
 
 
 def answer(args: argparse.Namespace, config: Config) -> None:
-    """Answer each line of --input_path with a JSON object."""
+    """Answer each line of --input_path with a JSON object, or its rows in a copy of the table."""
     classifier, run = load_model(args, config)
-    answer_lines(classifier, SentenceReader(args.input_path, args.skip_bad_lines), args.batch_size, args.num_examples)
+    answer_input(classifier, args, args.num_examples)
 
 
 # ----------------------------------------------------------------------------------------------------------- measure
@@ -266,14 +285,14 @@ def measure(args: argparse.Namespace, config: Config) -> None:
     results_path, picture_path = (place_of(args, model_file(args), end) for end in ("test.json", "confusion.png"))
 
     if args.enable_inference:
-        sentences, written, targets = read_examples(source, classifier.labels, args.skip_bad_lines, args.num_examples)
+        sentences, written, targets = read_examples(source, run.encoding, args.skip_bad_lines, args.num_examples)
         batch_size, lengths = 1, np.ones(len(sentences))
     else:
         from dataset import EncodedData, check_same_data
 
         data = EncodedData(source.with_name(f"{source.name}.{run.encoding.kind}"))
         check_same_data(data, run, model_file(args))
-        sentences, written, targets = read_examples(source, classifier.labels, data.encoding.skip_bad_lines,
+        sentences, written, targets = read_examples(source, run.encoding, data.encoding.skip_bad_lines,
                                                     args.num_examples)
         if not np.array_equal(data.class_ids()[: args.num_examples or None], targets):
             raise InputError(f"{data.path}: its sentences are not those of {source}; run preprocess.py again.")
@@ -290,20 +309,30 @@ def measure(args: argparse.Namespace, config: Config) -> None:
     if args.int8_mode:
         fp32 = load_model(args, config, int8_mode=None)[0]
         expected, _ = classify(fp32, read, lengths, 1 if args.enable_inference else 64)
-        compared = compare_with_fp32(predictions, expected, targets)
+        compared = compare_with_fp32(predictions, expected, targets, classifier.decision)
 
-    report = EvaluationReport.of(targets, predictions, classifier.labels.names, written)
+    names, separator = classifier.labels.names, run.encoding.label_separator
+    if separator is not None:
+        known = set(names)
+        report: EvaluationReport = LabelSetReport.of_sets(targets, predictions, names, [
+            [name for name in split_labels(label, separator) if name not in known] for label in written])
+        predicted = [separator.join(names[i] for i in np.flatnonzero(row)) for row in predictions]
+    else:
+        report = EvaluationReport.of(targets, predictions, names, written)
+        predicted = [names[i] for i in predictions]
     if report.unknown:
         logger.warning("[%s] %d of %d sentences have a label that train.txt lacks (%s); they count as errors", source,
                        report.unknown.total(), report.count, clip(
                            ", ".join(f"{name} {count}" for name, count in report.unknown.most_common()), 200))
-    write_predictions(predictions_path, sentences, written, [classifier.labels.names[i] for i in predictions])
+    write_predictions(predictions_path, sentences, written, predicted)
     flags = {key: value for key, value in vars(args).items() if key != "command"}
     write_json({**report.to_json(), **compared, "timing": timing, "flags": flags, "run_id": run.run_id,
                 "config": run.config, "git_revision": git_revision(), "versions": versions(),
                 "date": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command}, results_path)
     draw_confusion(report, picture_path)
     print("\n".join(report.lines()), flush=True)
+    if separator is not None:
+        logger.info("[micro F1] : %.4f", report.micro[2])
     logger.info("[macro F1] : %.4f", report.macro_f1)
     logger.info(f"[Accuracy] : {report.accuracy:.4f}, {report.correct:5d}/{report.count:5d}")
     if args.enable_inference:
@@ -313,14 +342,23 @@ def measure(args: argparse.Namespace, config: Config) -> None:
         logger.info("[Elapsed Time] : %dms, %sms on average", timing["total_ms"], timing["mean_ms"])
 
 
-def read_examples(path: Path, labels: Labels, skip_bad_lines: bool,
+def read_examples(path: Path, encoding: EncodingInfo, skip_bad_lines: bool,
                   limit: int) -> tuple[list[str], list[str], np.ndarray]:
-    """Sentences, labels as written, and class ids [N] of a TSV file; UNKNOWN_LABEL for a label that train.txt lacks."""
-    parser = label_parser(path, labels, unknown_allowed=True)
-    lines = TsvReader(path, skip_bad_lines, parse_label=lambda label: (label, parser(label)))
+    """Sentences, labels as written, and targets of a TSV file.
+
+    Targets are class ids [N], UNKNOWN_LABEL for a label that train.txt lacks; or with several labels a sentence, which
+    of train.txt's it has [N, C] bool.
+    """
+    parser = label_parser(path, Labels(encoding.labels), unknown_allowed=True, separator=encoding.label_separator)
+    lines = TsvReader(path, skip_bad_lines, parse_label=lambda label: (label, parser(label)),
+                      empty_labels=encoding.multi_label)
     examples = list(islice(lines, limit or None))
-    targets = [target if isinstance(target, int) else np.argmax(target) for _, _, (_, target) in examples]
-    return [example.sentence for example in examples], [example.label[0] for example in examples], np.array(targets)
+    targets = np.array([example.label[1] for example in examples])
+    if encoding.multi_label:
+        targets = (targets if parser.logits else targets[:, :-1]) > 0
+    elif parser.logits:
+        targets = targets.argmax(1)
+    return [example.sentence for example in examples], [example.label[0] for example in examples], targets
 
 
 def classify(classifier: TextClassifier, read: Callable[[np.ndarray], list[Any]], lengths: np.ndarray,
@@ -330,26 +368,29 @@ def classify(classifier: TextClassifier, read: Callable[[np.ndarray], list[Any]]
     `read` makes token id rows of places in the file, and its time counts.
 
     Returns:
-        Predictions [N], and the seconds [N] of each batch divided by its sentences.
+        Predictions [N], or with several labels [N, C] bool, and the seconds [N] of each batch divided by its sentences.
     """
-    predictions = np.zeros(len(lengths), dtype=np.int64)
+    decision, count = classifier.decision, len(classifier.labels)
+    predictions = (np.zeros((len(lengths), count), dtype=bool) if decision.multi_label
+                   else np.zeros(len(lengths), dtype=np.int64))
     seconds: list[float] = []
     batches = list(by_length(lengths if batch_size > 1 else np.ones(len(lengths)), batch_size))
     for places in tqdm(batches, unit="batch", disable=None):
         begin = time.perf_counter()
         probabilities = classifier.probabilities(read(places))
         seconds += [(time.perf_counter() - begin) / len(places)] * len(places)
-        predictions[places] = probabilities.argmax(1)
+        predictions[places] = decision.decide(probabilities)
     return predictions, np.array(seconds)
 
 
-def compare_with_fp32(predictions: np.ndarray, fp32_predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def compare_with_fp32(predictions: np.ndarray, fp32_predictions: np.ndarray, targets: np.ndarray,
+                      decision: Decision = ONE_LABEL) -> dict[str, float]:
     """Log how the answers of int8 differ from those of fp32, and return the figures."""
-    changed, accuracy = float((predictions != fp32_predictions).mean()), float((fp32_predictions == targets).mean())
-    lost = accuracy - float((predictions == targets).mean())
+    changed, score = float(differing(predictions, fp32_predictions).mean()), decision.score(fp32_predictions, targets)
+    lost = score - decision.score(predictions, targets)
     logger.log(logging.WARNING if lost > 0.005 else logging.INFO, "[int8] %.2f %% of the predictions differ from "
-               "those of fp32, whose accuracy is %.4f (%.2f points lost)", 100 * changed, accuracy, 100 * lost)
-    return {"changed": changed, "fp32_accuracy": accuracy}
+               "those of fp32, whose %s is %.4f (%.2f points lost)", 100 * changed, decision.measure, score, 100 * lost)
+    return {"changed": changed, "fp32_accuracy": score}
 
 
 # ------------------------------------------------------------------------------------------------------------- label
@@ -404,7 +445,9 @@ def label_text(data: EncodedData, target: Path, labels: Labels, logits: Callable
         InputError: a logit is not finite.
     """
     lines = TsvReader(data.source, data.encoding.skip_bad_lines,
-                      parse_label=label_parser(data.source, labels, data.encoding.dummy_label))
+                      parse_label=label_parser(data.source, labels, data.encoding.dummy_label,
+                                               separator=data.encoding.label_separator),
+                      empty_labels=data.multi_label)
     begin = 0
     with atomic_write(target) as file:
         for examples in chunks(islice(progress(lines), limit or None), 8192, 1 << 22):

@@ -151,7 +151,8 @@ def distill(args: argparse.Namespace, config: dict[str, Any]) -> None:
     make_model = partial(student_from_teacher, checkpoint) if args.student_init_layers else None
 
     def make_trainer(begun: Run) -> Trainer:
-        teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint.run.flags["data_dir"]], begun.train.labels)
+        teacher = Teacher(checkpoint, path, [args.data_dir, checkpoint.run.flags["data_dir"]], begun.train.labels,
+                          begun.train.multi_label)
         logits = answer(teacher, begun.train, args.augmented, args.eval_batch_size, begun.accelerator.device)
         notes: dict[str, Any] = {"teacher": {"path": path, "run_id": checkpoint.run.run_id,
                                              "sha256": args.teacher_sha256}}

@@ -379,10 +379,15 @@ class GaussianDecoder(nn.Module):
 
     `fit` sets it in closed form; from there it trains like any other layer. A term common to all classes,
     -H/2 log(2 pi), is left out: the softmax does not see it.
+
+    With several labels a sentence, each label has two Gaussians, of the sentences with and without it, and its logit is
+    the difference: first come those of all labels with it, then those without [2 C, H].
     """
 
     def __init__(self, config: dict[str, Any], input_size: int, num_labels: int) -> None:
         super().__init__()
+        self.pairs = config.get("multi_label", False)
+        num_labels = num_labels * 2 if self.pairs else num_labels
         self.dropout = nn.Dropout(config["dropout"])
         self.log_prior = nn.Parameter(torch.full((num_labels,), -math.log(num_labels)))
         self.mean = nn.Parameter(torch.zeros(num_labels, input_size))
@@ -394,7 +399,11 @@ class GaussianDecoder(nn.Module):
         with torch.autocast(encoding.device.type, enabled=False):
             x = self.dropout(encoding.float()).unsqueeze(1)
             log_density = -0.5 * ((x - self.mean).square() * torch.exp(-self.log_variance) + self.log_variance)
-            return self.log_prior + log_density.sum(-1)
+            logits = self.log_prior + log_density.sum(-1)
+        if not self.pairs:
+            return logits
+        having, lacking = logits.chunk(2, -1)
+        return having - lacking
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]], smoothing: float = 1e-3) -> None:
@@ -403,7 +412,7 @@ class GaussianDecoder(nn.Module):
         A class that the data lack gets what the most frequent one has, and its own lower prior: it never wins.
 
         Args:
-            batches: encodings [B, H] and the probability of each class [B, C] (one-hot for hard labels).
+            batches: encodings [B, H] and the probability of each Gaussian [B, C or 2 C] (one-hot for hard labels).
             smoothing: part of the largest feature variance that is added to all, for features that hardly vary.
         """
         count = self.log_prior.new_zeros(len(self.log_prior), dtype=torch.float64)

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import tempfile
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import replace
@@ -31,11 +32,20 @@ from cli.config import encoded_kind, parse_with_config
 from cli.flags import EMBEDDING_PATH, Parser, natural_int, positive_int
 from cli.training_flags import FLAGS
 from sentence_classifier.errors import InputError, fail_cleanly
-from sentence_classifier.labels import Labels
+from sentence_classifier.labels import SEPARATOR, Labels
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS, Tokenizer, make_tokenizer, word_tokenizer
 from text.arrays import ENCODED_FORMAT, ArrayWriter, fingerprint
 from text.checks import file_fault, label_warnings, low_coverage, split_warnings, swapped_columns, unspaced_text
-from text.labels import NO_LABEL, UNKNOWN_LABEL, LabelParser, TrainingLabels, label_parser, read_labels, write_labels
+from text.labels import (
+    NO_LABEL,
+    NO_LABELS,
+    UNKNOWN_LABEL,
+    LabelParser,
+    TrainingLabels,
+    label_parser,
+    read_labels,
+    write_labels,
+)
 from text.lines import TsvReader, chunks
 from text.report import DuplicateFinder, SplitReport, hash_sentence
 from text.vocabulary import build_vocabulary, write_table
@@ -80,11 +90,18 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     encoding.add_argument("--num_workers", type=positive_int, default=1,
                           help="So many processes work, and write the same files whatever their number; one is enough "
                                "for some million lines (default: %(default)s).")
+    encoding.add_argument("--multi_label", action="store_true",
+                          help="A sentence may have several labels, or none: an empty field (default: the config's "
+                               "multi_label).")
+    encoding.add_argument("--label_separator", default=SEPARATOR,
+                          help="This stands between several labels of a sentence (default: %(default)s).")
     encoding.add_argument("--seed", type=natural_int, default=42,
                           help="The seed decides about the random vectors (default: %(default)s).")
     args, config = parse_with_config(parser, argv)
     if args.n_ctx:
         config["n_ctx"] = args.n_ctx
+    if args.multi_label:
+        config["multi_label"] = True
     return args, config
 
 
@@ -96,13 +113,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.data_dir)
     names = find_files(folder, args.augmented_filename if args.augmented else None)
     words = encoded_kind(config) == WORDS
+    separator = args.label_separator if config.get("multi_label") else None
     sweep(folder, ".preprocess-*")
     # Everything is made in a folder beside its place and moved there at the end: a bad line loses nothing.
     with (exclusive("--data_dir", str(folder)), Workers(args.num_workers) as workers,
           tempfile.TemporaryDirectory(dir=folder, prefix=".preprocess-", ignore_cleanup_errors=True) as made):
         stage = Path(made)
-        lines = TsvReader(folder / SPLITS[0], args.skip_bad_lines,
-                          parse_label=TrainingLabels(folder / SPLITS[0], folder / LABELS))
+        lines = TsvReader(folder / SPLITS[0], args.skip_bad_lines, empty_labels=separator is not None,
+                          parse_label=TrainingLabels(folder / SPLITS[0], folder / LABELS, separator))
         counts, labels = read_training_text(
             lines, (config["tokenizer"], config["lowercase"]) if words else None, workers)
         if not args.augmented:
@@ -112,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
                              "--augmented first.")
 
         vocabulary, found = make_vocabulary(args, config, counts, stage) if words else read_tokenizer(args, config)
-        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=labels.names,
+        info = EncodingInfo(**found, n_ctx=config["n_ctx"], labels=labels.names, multi_label=separator is not None,
+                            label_separator=separator,
                             vocab_sha256=hashlib.sha256(vocabulary.encode()).hexdigest())
         with atomic_write(stage / VOCABULARY_FILES[info.kind]) as file:
             file.write(vocabulary)
@@ -122,11 +141,12 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             path, own = folder / name, info
             if name in SPLITS:
-                parser = label_parser(path, labels, unknown_allowed=name != SPLITS[0])
+                parser = label_parser(path, labels, unknown_allowed=name != SPLITS[0], separator=separator)
             else:
-                parser = label_parser(path, labels, args.dummy_label, args.logits_order, required=True)
+                parser = label_parser(path, labels, args.dummy_label, args.logits_order, required=True,
+                                      separator=separator)
                 own = replace(info, augmented=True, dummy_label=args.dummy_label)
-            lines = TsvReader(path, args.skip_bad_lines, parse_label=parser)
+            lines = TsvReader(path, args.skip_bad_lines, parse_label=parser, empty_labels=separator is not None)
             reports.append(tokenize_split(lines, stage, own, duplicates, workers))
 
         for line in [*(line for report in reports for line in report.lines(info.labels, info.n_ctx)),
@@ -180,10 +200,11 @@ def read_training_text(lines: TsvReader, tokenizer: tuple[str, bool] | None,
         sentences += count
     if (follow := lines.parse_label.follow) is not None:
         return words, Labels(tuple(follow.ids))
-    if len(names) < 2:
+    if len(names) < (2 if lines.parse_label.separator is None else 1):
         raise InputError(f"{lines.path}: " + (file_fault(lines.path) or f"all lines have the one label "
                                               f"{next(iter(names))!r}; a classifier needs two."))
-    texts = (example.sentence for example in TsvReader(lines.path, lines.skip_bad_lines))
+    texts = (example.sentence for example in TsvReader(lines.path, lines.skip_bad_lines,
+                                                       empty_labels=lines.empty_labels))
     swapped = swapped_columns(len(names), sentences, texts)
     for warning in filter(None, [swapped] if swapped else [unspaced_text(words, sentences), *label_warnings(names)]):
         logger.warning(warning)
@@ -271,7 +292,7 @@ def tokenize_split(lines: TsvReader, stage: Path, info: EncodingInfo, duplicates
     duplicates.add_split(path.name)
     first = next(iter(lines))  # the first usable line decides what labels are
     parser: LabelParser = lines.parse_label
-    if first.line == 1 and not parser.logits and first.label != NO_LABEL:
+    if first.line == 1 and not parser.logits and parser.separator is None and first.label != NO_LABEL:
         report.first_line = first.sentence, "".join(parser.unknown) or info.labels[first.label]
     name, column = target_column(parser)
     end = np.zeros(1, dtype=np.int64)
@@ -284,6 +305,8 @@ def tokenize_split(lines: TsvReader, stage: Path, info: EncodingInfo, duplicates
             writer.append("offsets", end + np.cumsum(lengths))
             writer.append(name, targets)
             end += lengths.sum()
+            if targets.ndim == 2:  # label sets that differ have other numbers
+                targets = np.array([zlib.crc32(row.tobytes()) >> 1 for row in targets])
             duplicates.add(hashes, numbers, -1 if parser.logits else targets)
             report.add(figures)
         writer.metadata["format"] = ENCODED_FORMAT
@@ -294,16 +317,19 @@ def tokenize_split(lines: TsvReader, stage: Path, info: EncodingInfo, duplicates
 
 
 def target_column(parser: LabelParser) -> tuple[str, tuple[str, tuple[int, ...]]]:
-    """The name, dtype and shape of a target: logits or class ids."""
-    return ("logits", ("f4", (len(parser.ids),))) if parser.logits else ("labels", ("i4", ()))
+    """The name, dtype and shape of a target: logits, label sets or class ids."""
+    if parser.logits:
+        return "logits", ("f4", (len(parser.ids),))
+    return ("labels", ("i4", ())) if parser.separator is None else ("label_sets", ("u1", (len(parser.ids) + 1,)))
 
 
 def tokenize_block(lines: TsvReader, stage: Path, info: EncodingInfo, block: tuple[int, bytes]) -> Part:
     """Encode a part of a file.
 
     Returns:
-        token_ids [T] int32, of all N sentences one after another; lengths [N] int64; targets, [N] int32 class ids or
-        [N, C] float32 logits; hashes [N] uint64, see hash_sentence; the lines' numbers [N] int64; the figures.
+        token_ids [T] int32, of all N sentences one after another; lengths [N] int64; targets, [N] int32 class ids,
+        [N, C] float32 logits or [N, C + 1] uint8 label sets, see LabelParser; hashes [N] uint64, see hash_sentence; the
+        lines' numbers [N] int64; the figures.
     """
     first, raw = block
     parser: LabelParser = lines.parse_label
@@ -322,14 +348,19 @@ def tokenize_block(lines: TsvReader, stage: Path, info: EncodingInfo, block: tup
             targets.append(target)
             hashes.append(hash_sentence(sentence))
             numbers.append(line)
-    if not parser.logits:
-        counts = Counter(targets)
-        report.unknown_labels, report.unknown_names = counts[UNKNOWN_LABEL], list(parser.unknown)
-        report.labels = Counter({target: count for target, count in counts.items() if target >= 0})
-    report.skipped = lines.skipped
     _, (dtype, shape) = target_column(parser)
-    return (np.array(tokens, np.int32), np.array(lengths, np.int64), np.array(targets, dtype).reshape(-1, *shape),
-            np.array(hashes, np.uint64), np.array(numbers, np.int64), report)
+    made = np.array(targets, dtype).reshape(-1, *shape)
+    report.skipped, report.unknown_names = lines.skipped, list(parser.unknown)
+    if made.ndim == 1:
+        counts = Counter(targets)
+        report.unknown_labels = counts[UNKNOWN_LABEL]
+        report.labels = Counter({target: count for target, count in counts.items() if target >= 0})
+    elif not parser.logits:
+        report.labels = Counter(dict(enumerate(made[:, :-1].sum(0, dtype=np.int64).tolist())))
+        report.unknown_labels = int(np.isin(made[:, -1], (0, NO_LABELS), invert=True).sum())
+        report.without_label = int((made.sum(1) == 0).sum())
+    return (np.array(tokens, np.int32), np.array(lengths, np.int64), made, np.array(hashes, np.uint64),
+            np.array(numbers, np.int64), report)
 
 
 @functools.lru_cache(maxsize=1)

@@ -116,6 +116,8 @@ def run(args: argparse.Namespace, config: dict[str, Any],
     # data
     train, valid = data or load_data(args, config, encoded_kind(config))
     transformer = train.encoding.kind == SUBWORDS
+    if train.multi_label:  # preprocess.py --multi_label may have said so, and not the config
+        config = {**config, "multi_label": True}
     # Only one run at a time writes to a place.
     with exclusive("--save_path", args.save_path), exclusive("--bert_output_dir",
                                                              args.bert_output_dir if transformer else None):

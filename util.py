@@ -23,8 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from sentence_classifier.decisions import Decision
 from sentence_classifier.errors import FullDisk, InputError
-from sentence_classifier.labels import Labels
+from sentence_classifier.labels import SEPARATOR, Labels
 from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import TokenizerInfo
 
@@ -271,6 +272,8 @@ class EncodingInfo(TokenizerInfo):
         table: of words, the fingerprint of embedding.npy.
         own_rows, seen_rows: of words, how many rows of the table the vector file lacks, and how many train.txt has.
         leading_special: of subwords, whether each sentence begins with a special token.
+        multi_label: whether a sentence may have several labels, or none.
+        label_separator: of multi_label, what stands between labels in the text.
     """
 
     labels: tuple[str, ...]
@@ -286,6 +289,8 @@ class EncodingInfo(TokenizerInfo):
     embedding_path: str | None = None
     bert_model_name_or_path: str | None = None
     leading_special: bool = False
+    multi_label: bool = False
+    label_separator: str | None = None
 
     def decisive(self) -> dict[str, Any]:
         """What decides about the token ids and the vectors: all but the names of the files that they came from."""
@@ -302,6 +307,7 @@ class RunInfo:
         flags: train.py's, as resolved.
         vocabulary: the content of the vocabulary's file.
         embedding: what the embedding needs to be built again.
+        thresholds: [C] with several labels, the probabilities from which on a sentence has them; chosen on valid.
     """
 
     run_id: str
@@ -315,6 +321,12 @@ class RunInfo:
     git_revision: str
     date: str
     command: str
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def decision(self) -> Decision:
+        """How logits become labels."""
+        return Decision(self.encoding.multi_label, tuple(self.thresholds), self.encoding.label_separator or SEPARATOR)
 
     @property
     def labels(self) -> Labels:
@@ -334,6 +346,7 @@ class RunInfo:
         """
         known = {field.name for field in fields(cls)}
         held = {key: value for key, value in found.items() if key in known}
+        held["thresholds"] = tuple(found.get("thresholds", ()))
         return cls(**{**held, "encoding": EncodingInfo.from_json(found["encoding"]), **changes})
 
     def summary(self) -> dict[str, Any]:

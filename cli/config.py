@@ -53,7 +53,8 @@ _DENSENET = {
 
 # Keys by what asks for them: every config, an embedding class, an encoder class.
 COMMON_KEYS = {"n_ctx": _SIZE,
-               "dropout": Key(lambda v: type(v) in (int, float) and 0 <= v <= 0.99, "a number from 0 to 0.99")}
+               "dropout": Key(lambda v: type(v) in (int, float) and 0 <= v <= 0.99, "a number from 0 to 0.99"),
+               "multi_label": replace(_BOOL, required=False)}
 TRANSFORMERS = ("bert", "distilbert", "roberta", "bart", "gpt")
 EMBEDDING_KEYS: dict[str, dict[str, Key]] = {
     **{name: {} for name in TRANSFORMERS},  # which architecture it is, the model's own config says
@@ -160,7 +161,8 @@ def check_config(config: dict[str, Any], path: str) -> None:
 
 def check_same_config(config: dict[str, Any], path: str, trained: dict[str, Any], model_path: str) -> None:
     """Refuse a config of another model than the one a checkpoint was trained with; training settings may differ."""
-    keys = [key for key in sorted({*config, *trained}) if key not in CONFIG_FLAGS and key != "n_ctx"]
+    by_data = ("n_ctx", "multi_label")  # what preprocess.py's flags may change
+    keys = [key for key in sorted({*config, *trained}) if key not in CONFIG_FLAGS and key not in by_data]
     differing = [f"{key} ({json.dumps(config.get(key))}, trained with {json.dumps(trained.get(key))})"
                  for key in keys if config.get(key) != trained.get(key)]
     if differing:

@@ -19,6 +19,13 @@ DEFAULT_EPOCHS = {WORDS: 64, SUBWORDS: 3}
 INT8_MODES = ("enable_qat", "enable_qat_fx", "enable_diffq")
 
 
+def class_weights(text: str) -> str:
+    """A flag's value that must be none, balanced or a JSON file."""
+    if text not in ("none", "balanced") and not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor balanced nor a .json file")
+    return text
+
+
 @dataclass(frozen=True)
 class Group:
     """Flags that stand together in --help."""
@@ -69,7 +76,7 @@ class Flag:
             ValueError: what is wrong with the value.
         """
         switch = self.action is not None
-        text = not switch and self.type in (str, number_list)
+        text = not switch and self.type in (str, number_list, class_weights)
         if isinstance(value, bool) != switch or not isinstance(value, str if text else int | float):
             raise ValueError(f"must be {'true or false' if switch else 'a word' if text else 'a number'}")
         if switch:
@@ -142,8 +149,9 @@ TABLE = (
     Flag("criterion", LOSS, "The loss.", default="CrossEntropyLoss", choices=CRITERIA, in_config=True),
     Flag("kd_temperature", LOSS, "Divide a teacher's logits and the student's by this before their softmax.",
          number(1e-3, 1e3), 1.0, in_config=True),
-    Flag("class_weights", LOSS, "Let rare classes count as much as frequent ones (balanced).", default="none",
-         choices=("none", "balanced")),
+    Flag("class_weights", LOSS, 'Weigh the classes: balanced lets rare ones count as much as frequent ones; a file '
+         'gives weights, {"label": 2.5}, to the labels that shall not have 1.', class_weights, "none",
+         metavar="none|balanced|FILE.json"),
     Flag("embedding_trainable", LOSS, "Train the vectors of all words of train.txt, not only of those that the vector "
          "file lacks.", action=argparse.BooleanOptionalAction, default=False, in_config=True, says_default="not"),
     Flag("word_dropout", LOSS, "Read <unk> in training in the place of a word that occurs N times, with the "

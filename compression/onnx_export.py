@@ -25,6 +25,7 @@ from dataset import EncodedData, check_same_data, pad
 from model import Classifier, MaxOverTimeConv, WordEmbedding
 from pretrained.loading import attention_of, can_choose_attention
 from sentence_classifier.classifier import INPUTS, METADATA_KEY, ONNX_FORMAT, OUTPUT, VOCABULARY_KEY
+from sentence_classifier.decisions import ONE_LABEL, Decision, differing
 from sentence_classifier.errors import InputError
 from util import Checkpoint, RunInfo, atomic_write
 
@@ -242,7 +243,8 @@ def varied_batches(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     return list(itertools.takewhile(len, batches))
 
 
-def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray], num_threads: int = 0) -> float:
+def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray], num_threads: int = 0,
+          decision: Decision = ONE_LABEL) -> float:
     """The largest difference of a logit between a graph and PyTorch (relative if logits are larger than 1).
 
     Raises:
@@ -256,7 +258,8 @@ def check(graph: onnx.ModelProto, model: Classifier, rows: Sequence[np.ndarray],
             expected = model(padded.input_ids, padded.attention_mask).numpy()
             apart = np.abs(found - expected).max() / max(1.0, np.abs(expected).max())
             worst = max(worst, float(np.nan_to_num(apart, nan=np.inf)))
-            changed += int((found.argmax(1) != expected.argmax(1)).sum())
+            answers = (decision.decide(decision.probabilities(logits)) for logits in (found, expected))
+            changed += int(differing(*answers).sum())
     if worst > TOLERANCE or changed:
         raise InputError(f"the exported graph does not agree with PyTorch (logits differ by up to {worst:.1g}, "
                          f"{changed} of {len(rows)} predictions), so that no file was written.")
@@ -296,7 +299,7 @@ def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, 
     exported = export_graph(model, opset)
     graph = simplify(exported, n_ctx)
     fused = fuse(graph)
-    worst = check(fused, model, rows, num_threads)
+    worst = check(fused, model, rows, num_threads, run.decision)
     size = write(fused, run, path, opset=opset, difference=worst)
     logger.info("[ONNX] %d valid sentences as in PyTorch, logits within %.1g, %.1f MB -> %s", len(rows), worst,
                 size / 1e6, path)
@@ -309,7 +312,7 @@ def convert(model: Classifier, checkpoint: Checkpoint, folder: Path, path: str, 
         elif word_convolutions(model):
             tabulated = simplify(export_graph(model, opset, tabulated=True), n_ctx)
         made, measured = choose_int8(graph, fused, train, valid, num_threads, tabulated=tabulated, trained=trained,
-                                     int8_mb=int8_mb)
+                                     int8_mb=int8_mb, decision=run.decision)
         size = write(made, run, int8_path, opset=opset, int8=measured)
         logger.info("[ONNX int8] %s: the fastest that passes, %.1f MB -> %s", measured["setting"], size / 1e6,
                     int8_path)

@@ -21,6 +21,7 @@ from onnxscript import ir
 from compression.onnx_graph import add_constant, array_of, axis_of, fuse, make_inputs, quiet, replace_node, run_graph
 from dataset import EncodedData
 from sentence_classifier.classifier import BUSY_WAIT, OUTPUT, make_session
+from sentence_classifier.decisions import ONE_LABEL, Decision, differing
 from sentence_classifier.errors import InputError
 from sentence_classifier.processor import has_vnni
 
@@ -180,15 +181,15 @@ class Candidate:
     setting: Setting
     graph: onnx.ModelProto
     fraction: float
-    correct: int
+    score: float
     changed: int
     milliseconds: float
 
 
 def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedData, valid: EncodedData,
                 num_threads: int = 0, tabulated: onnx.ModelProto | None = None,
-                trained: dict[str, Any] | None = None,
-                int8_mb: float | None = None) -> tuple[onnx.ModelProto, dict[str, Any]]:
+                trained: dict[str, Any] | None = None, int8_mb: float | None = None,
+                decision: Decision = ONE_LABEL) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The fastest int8 form of a graph that keeps its accuracy on the valid sentences, found by measuring.
 
     Args:
@@ -196,6 +197,7 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
         tabulated: as `simplify` made it of an export with TabulatedConvolutions.
         trained: the scales of quantization-aware training, which leave one candidate.
         int8_mb: the largest int8 graph allowed; None: no limit.
+        decision: how logits become labels, and what is counted: accuracy, or with several labels micro F1.
 
     Returns:
         The int8 graph, and the entry "int8" of its metadata.
@@ -210,11 +212,12 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
         raise InputError("the model has no matrices and no convolutions, so that there is nothing to quantize.")
 
     def predictions(candidate: onnx.ModelProto) -> np.ndarray:  # one sentence at a time, as the runtime answers
-        return np.concatenate(run_graph(candidate, [[row] for row in rows], num_threads)).argmax(1)
+        logits = np.concatenate(run_graph(candidate, [[row] for row in rows], num_threads))
+        return decision.decide(decision.probabilities(logits))
 
     expected = predictions(fused)
-    correct = int((expected == targets).sum())
-    allowed = max(1.0, LOSS_LIMIT * len(rows))  # one sentence of a small file is more than half a point
+    score = decision.score(expected, targets)
+    allowed = max(1 / len(rows), LOSS_LIMIT) + 1e-9  # one sentence of a small file is more than half a point
     convolves = ("Conv",) if any(node.op_type == "Conv" for node in graph.graph.node) else ()
     settings = _settings(convolves, tabulated is not None, trained or {})
     graphs = [fuse(quantize(tabulated if setting.tabulated and tabulated is not None else graph, setting, calibration),
@@ -223,14 +226,14 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     candidates = []
     for setting, made, milliseconds in zip(settings, graphs, times, strict=True):
         found = predictions(made)
-        candidate = Candidate(setting, made, int8_fraction(made) or 0.0, int((found == targets).sum()),
-                              int((found != expected).sum()), milliseconds)
+        candidate = Candidate(setting, made, int8_fraction(made) or 0.0, decision.score(found, targets),
+                              int(differing(found, expected).sum()), milliseconds)
         candidates.append(candidate)
-        logger.info("[int8: %s] %.1f %% of the weights, accuracy %.4f (fp32 %.4f), %d of %d predictions changed "
+        logger.info("[int8: %s] %.1f %% of the weights, %s %.4f (fp32 %.4f), %d of %d predictions changed "
                     "(%.2f %%), %.3f ms a sentence (fp32 %.3f), %.1f MB", candidate.setting, 100 * candidate.fraction,
-                    candidate.correct / len(rows), correct / len(rows), candidate.changed, len(rows),
+                    decision.measure, candidate.score, score, candidate.changed, len(rows),
                     100 * candidate.changed / len(rows), milliseconds, fp32_milliseconds, made.ByteSize() / 1e6)
-    passing = [c for c in candidates if c.fraction >= FRACTION_LIMIT and correct - c.correct <= allowed
+    passing = [c for c in candidates if c.fraction >= FRACTION_LIMIT and score - c.score <= allowed
                and (int8_mb is None or c.graph.ByteSize() <= int8_mb * 1e6)]
     if not passing:
         raise InputError(f"no int8 form of the model passes (at least {FRACTION_LIMIT:.0%} of the weights, at most "
@@ -239,8 +242,8 @@ def choose_int8(graph: onnx.ModelProto, fused: onnx.ModelProto, train: EncodedDa
     fastest = min(c.milliseconds for c in passing)
     # Times within a twentieth are equal; of these, the candidate that changes least is chosen.
     best = min((c for c in passing if c.milliseconds <= 1.05 * fastest), key=lambda c: (c.changed, c.milliseconds))
-    return best.graph, {"setting": str(best.setting), "share": best.fraction, "accuracy": best.correct / len(rows),
-                        "accuracy_fp32": correct / len(rows), "changed": best.changed / len(rows),
+    return best.graph, {"setting": str(best.setting), "share": best.fraction, "accuracy": best.score,
+                        "accuracy_fp32": score, "changed": best.changed / len(rows),
                         "examples": len(rows), "weight_bits": best.setting.bits,
                         "batch_invariant": is_batch_invariant(best.graph, rows, num_threads)}
 

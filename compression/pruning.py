@@ -76,9 +76,13 @@ def measure_importance(model: Classifier, data: EncodedData, batch_size: int, de
                           disable=None):
             batch = batch.to(device)
             assert batch.targets is not None  # encoded data have them
-            targets = batch.targets.softmax(-1) if data.has_logits else batch.targets
             inputs.clear()
-            loss = F.cross_entropy(model(batch.input_ids, batch.attention_mask), targets, reduction="sum")
+            logits, targets = model(batch.input_ids, batch.attention_mask), batch.targets
+            if data.multi_label:
+                goals = targets.sigmoid() if data.has_logits else targets.float()
+                loss = F.binary_cross_entropy_with_logits(logits, goals, reduction="sum")
+            else:
+                loss = F.cross_entropy(logits, targets.softmax(-1) if data.has_logits else targets, reduction="sum")
             gradients = torch.autograd.grad(loss, inputs)
             for total, x, gradient in zip(sums, inputs, gradients, strict=True):
                 # x [B, T, heads * head size] or [B, T, units] -> [B, heads] or [B, units]

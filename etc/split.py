@@ -1,4 +1,4 @@
-"""Split a labelled file at random: 70 % for training, 10 % for validation, 20 % for the test.
+"""Split a labelled file at random: of each label 70 % for training, 10 % for validation, 20 % for the test.
 
 Reads sentence TAB label lines; `-` is standard input. Writes BASE.train, BASE.valid and BASE.test, or with --output_dir
 the train.txt, valid.txt and test.txt that preprocess.py reads. The same seed gives the same split. Memory holds all
@@ -14,23 +14,34 @@ import argparse
 import contextlib
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import root  # noqa: F401 (puts the folder above on the path)
 
 from cli.flags import Parser, natural_int
 from sentence_classifier.errors import InputError, fail_cleanly
+from sentence_classifier.lines import Example
 from text.lines import TsvReader
+from text.splitting import apportion
 from util import atomic_write
 
 
-def split(lines: list[str], seed: int) -> dict[str, list[str]]:
-    """Deal three lines or more by a seed: a tenth to valid, a fifth to test, at least one each, the rest to train."""
-    shuffled = list(lines)
+def split(examples: list[Example], seed: int) -> dict[str, list[str]]:
+    """Deal three examples or more by a seed: of each label a tenth to valid, a fifth to test, the rest to train.
+
+    Each of the three gets at least one; what whole numbers cannot divide goes by the largest remainders.
+    """
+    shuffled = list(examples)
     random.Random(seed).shuffle(shuffled)
-    valid = max(1, len(lines) // 10)
-    test = valid + max(1, len(lines) // 5)
-    return {"train": shuffled[test:], "valid": shuffled[:valid], "test": shuffled[valid:test]}
+    left = apportion(Counter(example.label for example in examples), {"test": 0.2, "valid": 0.1}, spare=0)
+    parts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for example in shuffled:
+        name = next((name for name, quota in left.items() if quota[example.label]), "train")
+        if name != "train":
+            left[name][example.label] -= 1
+        parts[name].append(f"{example.sentence}\t{example.label}\n")
+    return parts
 
 
 def get_params(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,16 +69,16 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"{path}: is the file to split; choose another --base_path or --output_dir.")
         if path.exists() and not args.force:
             raise InputError(f"{path}: already there; move it away, or pass --force to replace it.")
-    examples = TsvReader(args.data_path, args.skip_bad_lines)
-    lines = [f"{example.sentence}\t{example.label}\n" for example in examples]
-    if len(lines) < len(paths):
-        raise InputError(f"{args.data_path}: {len(lines)} usable lines are too few for three files.")
-    parts = split(lines, args.seed)
+    reader = TsvReader(args.data_path, args.skip_bad_lines)
+    examples = list(reader)
+    if len(examples) < len(paths):
+        raise InputError(f"{args.data_path}: {len(examples)} usable lines are too few for three files.")
+    parts = split(examples, args.seed)
     with contextlib.ExitStack() as stack:  # the files get their final names after all have been written
         for name, path in paths.items():
             stack.enter_context(atomic_write(path)).writelines(parts[name])
     print("; ".join(f"{path}: {len(parts[name]):,} lines" for name, path in paths.items())
-          + (f"; {examples.skipped:,} bad lines left out" if examples.skipped else ""), file=sys.stderr)
+          + (f"; {reader.skipped:,} bad lines left out" if reader.skipped else ""), file=sys.stderr)
 
 
 if __name__ == "__main__":

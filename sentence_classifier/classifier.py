@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 
+from sentence_classifier.answers import AnsweredTable, predict_table
 from sentence_classifier.batches import by_length, pad
+from sentence_classifier.decisions import Decision
 from sentence_classifier.errors import InputError
-from sentence_classifier.labels import Labels
+from sentence_classifier.labels import SEPARATOR, Labels
 from sentence_classifier.processor import has_vnni
 from sentence_classifier.tokenizers import Tokenizer, TokenizerInfo, make_tokenizer
 
@@ -34,11 +36,18 @@ BUSY_WAIT = 0.1  # seconds after an answer in which a session's threads may stil
 
 
 class Prediction(NamedTuple):
-    """The answer to one sentence."""
+    """The answer to one sentence.
+
+    Attributes:
+        label: the likeliest one.
+        labels: the answer: that one, or of a model with several labels those that reach their thresholds, likeliest
+            first, perhaps none.
+    """
 
     label: str
     probability: float
     probabilities: dict[str, float]
+    labels: tuple[str, ...]
 
 
 def make_session(model: str | bytes, num_threads: int = 0) -> onnxruntime.InferenceSession:
@@ -53,18 +62,13 @@ def make_session(model: str | bytes, num_threads: int = 0) -> onnxruntime.Infere
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """logits [B, C] -> probabilities [B, C]."""
-    exponentials = np.exp(logits - logits.max(1, keepdims=True))
-    return exponentials / exponentials.sum(1, keepdims=True)
-
-
 class TextClassifier(ABC):
     """A loaded model that answers text: OnnxClassifier, or evaluate.TorchClassifier for a checkpoint."""
 
-    def __init__(self, labels: Labels, tokenizer: Tokenizer) -> None:
+    def __init__(self, labels: Labels, tokenizer: Tokenizer, decision: Decision) -> None:
         self.labels = labels
         self.tokenizer = tokenizer
+        self.decision = decision
 
     @abstractmethod
     def logits(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -72,7 +76,7 @@ class TextClassifier(ABC):
 
     def probabilities(self, rows: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
         """Class probabilities [B, C] of a batch of token id rows."""
-        return softmax(self.logits(rows))
+        return self.decision.probabilities(self.logits(rows))
 
     @overload
     def predict(self, texts: str, batch_size: int = 32) -> Prediction: ...
@@ -93,27 +97,36 @@ class TextClassifier(ABC):
             ValueError: a batch size below 1; texts that is neither a string nor strings; or a string that cannot be
                 encoded, for it holds half of a surrogate pair. The message names the sentence, counted from 1.
         """
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, and a whole number of at least 1 is needed.")
         if isinstance(texts, str):
-            _check_sentence(texts, 1)
-            return self._answer(self.probabilities([self.tokenizer(texts)])[0])
+            return self.predict([texts], batch_size)[0]
         if not isinstance(texts, Iterable) or isinstance(texts, bytes | bytearray):
             raise ValueError(f"texts is of type {type(texts).__name__}, and a string or a list of strings is needed.")
-        sentences = list(texts)
-        for number, sentence in enumerate(sentences, 1):
+        return [self._answer(row) for row in self.predict_probabilities(list(texts), batch_size)]
+
+    def predict_probabilities(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
+        """The probabilities [N, C] of N sentences' classes, in the order of `labels`; see `predict`."""
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, and a whole number of at least 1 is needed.")
+        for number, sentence in enumerate(texts, 1):
             _check_sentence(sentence, number)
-        rows = [row for row, _ in self.tokenizer.tokenize_batch(sentences)]
-        answers: dict[int, Prediction] = {}
+        if len(texts) == 1:
+            return self.probabilities([self.tokenizer(texts[0])])
+        rows = [row for row, _ in self.tokenizer.tokenize_batch(texts)]
+        answers = np.empty((len(rows), len(self.labels)), dtype=np.float32)
         for places in by_length([len(row) for row in rows], batch_size):
-            answers |= zip(places, map(self._answer, self.probabilities([rows[place] for place in places])),
-                           strict=True)
-        return [answers[place] for place in range(len(rows))]
+            answers[places] = self.probabilities([rows[place] for place in places])
+        return answers
+
+    def predict_table(self, input_path: str | Path, output_path: str | Path, **options: Any) -> AnsweredTable:
+        """Answer a table's sentences in a copy of it; see answers.predict_table, which takes the options."""
+        return predict_table(self, str(input_path), str(output_path), **options)
 
     def _answer(self, row: np.ndarray) -> Prediction:
         named = dict(zip(self.labels.names, row.tolist(), strict=True))
-        best = self.labels.names[int(row.argmax())]
-        return Prediction(best, named[best], named)
+        order = [self.labels.names[place] for place in np.argsort(-row, kind="stable")]
+        chosen = {self.labels.names[place] for place in np.flatnonzero(self.decision.decide(row[None])[0])}
+        labels = tuple(name for name in order if name in chosen) if self.decision.multi_label else (order[0],)
+        return Prediction(order[0], named[order[0]], named, labels)
 
 
 def _check_sentence(sentence: object, number: int) -> None:
@@ -136,7 +149,9 @@ class OnnxClassifier(TextClassifier):
     def __init__(self, session: onnxruntime.InferenceSession, metadata: dict[str, Any], vocabulary: str) -> None:
         encoding = metadata["run"]["encoding"]
         info = TokenizerInfo.from_json(encoding)
-        super().__init__(Labels(tuple(encoding["labels"])), make_tokenizer(vocabulary, info))
+        decision = Decision(encoding.get("multi_label", False), tuple(metadata["run"].get("thresholds", ())),
+                            encoding.get("label_separator") or SEPARATOR)
+        super().__init__(Labels(tuple(encoding["labels"])), make_tokenizer(vocabulary, info), decision)
         self.session = session
         self.metadata = metadata
         self.vocabulary = vocabulary

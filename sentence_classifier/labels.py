@@ -13,6 +13,14 @@ def normalize_label(name: str) -> str:
     return unicodedata.normalize("NFC", name.translate(INVISIBLE)).strip()
 
 
+SEPARATOR = "|"  # of several labels of a sentence, where no other is named
+
+
+def split_labels(text: str, separator: str) -> list[str]:
+    """The names of several labels, each once; of an empty text, none."""
+    return list(dict.fromkeys(name for name in map(normalize_label, text.split(separator)) if name))
+
+
 @dataclass(frozen=True)
 class Labels:
     """The label map: names in the order of their ids."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 from sentence_classifier.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
@@ -60,6 +63,8 @@ class SentenceReader:
             for example in self.parse(file):
                 usable = True
                 yield example
+        if usable and self.skipped:
+            logger.warning("[%s] %d bad lines were skipped", self.path, self.skipped)
         if not usable:
             fault = self.skipped and self.fault()
             what = "no usable line" if self.skipped else "the file is empty"

@@ -17,8 +17,8 @@ from helpers import ROOT
 from cli import config
 from sentence_classifier.errors import InputError
 
-SCRIPTS = ("preprocess", "train", "evaluate", "augment_data", "fastformers", "benchmark", "download_datasets",
-           "download_embeddings", "download_hf", "make_sample_data", "split")
+SCRIPTS = ("import_data", "preprocess", "train", "evaluate", "augment_data", "fastformers", "benchmark",
+           "download_datasets", "download_embeddings", "download_hf", "make_sample_data", "split")
 OTHER_PROGRAMS = ("pip", "mkdir", "cp", "echo", "git", "cd", ".", "tensorboard", "python3", "nvidia-smi")
 # Flags of launchers and other programs, and a pattern that stands for several flags.
 OTHER_FLAGS = {"--nproc_per_node", "--nnodes", "--rdzv_endpoint", "--rdzv_backend", "--use_env", "--config_file",

@@ -501,6 +501,28 @@ def test_class_weights_need_no_more_than_a_flag(encoded: Place) -> None:
     train.main(encoded.train_flags("--class_weights=balanced"))
 
 
+def test_class_weights_from_a_file(encoded: Place) -> None:
+    path = encoded.root / "weights.json"
+    made = {}
+    for name, found in (("none", None), ("ones", {"PlayMusic": 1}), ("many", {"PlayMusic": 50, "GetWeather": 0.5})):
+        path.write_text(json.dumps(found))
+        made[name] = encoded.root / f"{name}.pt"
+        train.main(encoded.train_flags(f"--class_weights={path if found else 'none'}", f"--save_path={made[name]}"))
+    assert same_weights(made["none"], made["ones"]) and not same_weights(made["none"], made["many"])
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    ('{"PlayMusik": 2}', "no label 'PlayMusik' in"), ('{"PlayMusic": -1}', "the weight of 'PlayMusic' is -1"),
+    ('{"PlayMusic": "2"}', "the weight of 'PlayMusic' is '2'"), ("[2]", "a JSON object is expected"),
+    ("{", "weights.json: not JSON")])
+def test_class_weights_that_cannot_be_used(encoded: Place, content: str, says: str) -> None:
+    path = encoded.root / "weights.json"
+    path.write_text(content)
+    assert says in refused_without_a_trace(encoded, f"--class_weights={path}")
+    assert "weights.txt' is neither none nor balanced nor a .json file" in refused_without_a_trace(
+        encoded, "--class_weights=weights.txt")
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 

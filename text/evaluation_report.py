@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,27 @@ class EvaluationReport:
         return cls(every, matrix, unknown)
 
     def __post_init__(self) -> None:
-        hits = self.matrix.diagonal()
-        self.support, answered = self.matrix.sum(1), self.matrix.sum(0)
+        self._count(self.matrix.sum(1), self.matrix.sum(0))
+        self.correct, self.count = int(self.matrix.trace()), int(self.matrix.sum())
+
+    def _count(self, support: np.ndarray, answered: np.ndarray) -> None:
+        """The scores of each class, which so many sentences have [C] and so many got as an answer [C]."""
+        hits, self.support, self.answered = self.matrix.diagonal(), support, answered
         # [C, 3]: precision, recall, F1; 0 where they would be 0 / 0.
         self.scores = np.stack([hits / np.maximum(answered, 1), hits / np.maximum(self.support, 1),
                                 2 * hits / np.maximum(answered + self.support, 1)], axis=1)
         self.present = np.flatnonzero(answered + self.support)
-        self.correct, self.count = int(hits.sum()), int(self.matrix.sum())
 
     @property
     def accuracy(self) -> float:
         """The fraction of the sentences that are predicted as labelled."""
         return self.correct / self.count
+
+    @property
+    def micro(self) -> tuple[float, float, float]:
+        """Precision, recall and F1 over all labels of all sentences."""
+        hits, given, wanted = int(self.matrix.trace()), int(self.answered.sum()), int(self.support.sum())
+        return hits / max(1, given), hits / max(1, wanted), 2 * hits / max(1, given + wanted)
 
     @property
     def macro_f1(self) -> float:
@@ -77,6 +86,7 @@ class EvaluationReport:
         """Plain data: all classes are in per_class and in the matrix, in the same order."""
         columns = ("precision", "recall", "f1-score")
         return {"accuracy": self.accuracy, "correct": self.correct, "examples": self.count, "macro_f1": self.macro_f1,
+                "micro_f1": self.micro[2],
                 "confusion_matrix": self.matrix.tolist(),
                 "per_class": {name: {**dict(zip(columns, row.tolist(), strict=True)), "support": int(support)}
                               for name, row, support in zip(self.names, self.scores, self.support, strict=True)}}
@@ -85,7 +95,7 @@ class EvaluationReport:
         """The report for a screen: a line for each class that occurs, averages, and the confusions."""
         shown = [(self.names[i], self.scores[i], self.support[i]) for i in self.present]
         support = self.support[self.present]
-        weighted = self.scores[self.present].T @ support / self.count
+        weighted = self.scores[self.present].T @ support / max(1, support.sum())
         width = max(len("weighted avg"), *(columns_of(name) for name, *_ in shown))
 
         def line(name: str, scores: Sequence[float] | np.ndarray, count: int) -> str:
@@ -94,9 +104,15 @@ class EvaluationReport:
         head = " " * (width + 1) + "".join(f"{name:>10}" for name in ("precision", "recall", "f1-score", "support"))
         return [head, "", *(line(*row) for row in shown), "",
                 f"{'accuracy':>{width}} {self.accuracy:>30.4f}{self.count:>10}",
+                *self._averages(line),
                 line("macro avg", self.scores[self.present].mean(0), self.count),
-                line("weighted avg", weighted, self.count), "",
-                *(self._printed_matrix() if len(self.names) <= MOST_PRINTED else self._confused_pairs())]
+                line("weighted avg", weighted, self.count), "", *self._confusions()]
+
+    def _averages(self, line: Callable[..., str]) -> list[str]:
+        return []
+
+    def _confusions(self) -> list[str]:
+        return self._printed_matrix() if len(self.names) <= MOST_PRINTED else self._confused_pairs()
 
     def _printed_matrix(self) -> list[str]:
         cell = 2 + max(len(str(self.matrix.max())), *map(columns_of, self.names))
@@ -119,6 +135,45 @@ class EvaluationReport:
         said = [f"{count:>7}  {self.names[label]} -> {self.names[prediction]}" for count, label, prediction in pairs]
         return [f"confusion matrix: {len(self.names)} classes; the most confused pairs (label -> prediction)",
                 *(said or ["no sentence is predicted wrongly"])]
+
+
+@dataclass
+class LabelSetReport(EvaluationReport):
+    """The same where a sentence may have several labels.
+
+    Attributes:
+        matrix: [C, C] on the diagonal, how many sentences rightly got each label; elsewhere, how many lack the row's
+            label in their answer and have the column's too many.
+    """
+
+    @classmethod
+    def of_sets(cls, targets: np.ndarray, predictions: np.ndarray, names: Sequence[str],
+                unknown: Sequence[Sequence[str]]) -> LabelSetReport:
+        """Count label sets.
+
+        Args:
+            targets, predictions: [N, C] bool.
+            names: the model's classes.
+            unknown: [N] the labels of each sentence that the model lacks.
+        """
+        extra = Counter(name for row in unknown for name in row)
+        every, size = (*names, *extra), len(names)
+        matrix = np.zeros((len(every), len(every)), dtype=np.int64)
+        missed, surplus = targets & ~predictions, predictions & ~targets
+        matrix[:size, :size] = missed.astype(np.int64).T @ surplus.astype(np.int64)
+        np.fill_diagonal(matrix[:size, :size], (targets & predictions).sum(0))
+        report = cls(every, matrix, extra)
+        report._count(np.concatenate([targets.sum(0), list(extra.values())]).astype(np.int64),
+                      np.concatenate([predictions.sum(0), np.zeros(len(extra))]).astype(np.int64))
+        whole = (targets == predictions).all(1) & np.array([not row for row in unknown], dtype=bool)
+        report.correct, report.count = int(whole.sum()), len(targets)
+        return report
+
+    def _averages(self, line: Callable[..., str]) -> list[str]:
+        return [line("micro avg", self.micro, self.count)]
+
+    def _confusions(self) -> list[str]:
+        return [one.replace("(label -> prediction)", "(missing -> given)") for one in self._confused_pairs()]
 
 
 def columns_of(text: str) -> int:

@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sentence_classifier.errors import InputError
-from sentence_classifier.labels import Labels, normalize_label
+from sentence_classifier.labels import Labels, normalize_label, split_labels
 from sentence_classifier.lines import open_input
 from util import atomic_write, sha256, write_json
 
@@ -46,6 +48,7 @@ def write_labels(labels: Labels, path: str | os.PathLike[str]) -> None:
 
 NO_LABEL = -1  # the target of text without a label
 UNKNOWN_LABEL = -2  # the target of a label that train.txt lacks: whatever a model answers is an error
+NO_LABELS = 255  # at the end of the label set of text without labels
 NAMED = 10  # at most so many of a file's unknown labels are named
 
 
@@ -67,6 +70,7 @@ class LabelParser:
         unknown_allowed: whether a label that the label map lacks gets the target UNKNOWN_LABEL, as in valid.txt and
             test.txt; else it is an error.
         columns: asked once, at the first logits, for the column of each label; None: they are in the labels' order.
+        separator: what stands between several labels of a sentence; None: a sentence has one.
 
     Attributes:
         logits: True where the file holds logits, None before the first label.
@@ -74,7 +78,8 @@ class LabelParser:
     """
 
     def __init__(self, labels: Labels, dummy: str | None = None, unknown_allowed: bool = False,
-                 columns: Callable[[], list[int] | None] | None = None) -> None:
+                 columns: Callable[[], list[int] | None] | None = None, separator: str | None = None) -> None:
+        self.separator = separator
         self.ids = labels.index()
         dummy = dummy and normalize_label(dummy)
         self.dummy = None if dummy in self.ids else dummy
@@ -85,8 +90,11 @@ class LabelParser:
         self.logits: bool | None = None
         self.labelled: bool | None = None
 
-    def __call__(self, label: str) -> int | list[float]:
-        """The target of one label.
+    def __call__(self, label: str) -> int | list[float] | np.ndarray:
+        """The target of one label: a class id, a teacher's logits [C] or, with a separator, a label set.
+
+        A label set [C + 1] uint8 is 1 for each label, and ends with the number of labels that the label map lacks;
+        text without labels has NO_LABELS there.
 
         Raises:
             ValueError: an unknown label, logits of the wrong count or not finite, or a mixture of the kinds.
@@ -99,7 +107,13 @@ class LabelParser:
         logits = self.logits
         if logits is None:
             logits = labelled and label not in self.ids and looks_like_logits(label)
-        target = NO_LABEL if not labelled else self._logits(label) if logits else self._class_id(label)
+        target: int | list[float] | np.ndarray
+        if logits:
+            target = self._logits(label)
+        elif self.separator is not None:
+            target = self._label_set(split_labels(label, self.separator) if labelled else None)
+        else:
+            target = self._class_id(label) if labelled else NO_LABEL
         self.labelled, self.logits = labelled, logits
         return target
 
@@ -111,6 +125,19 @@ class LabelParser:
         if label not in self.unknown and len(self.unknown) < NAMED:
             self.unknown.append(label)
         return UNKNOWN_LABEL
+
+    def _label_set(self, names: list[str] | None) -> np.ndarray:
+        found = np.zeros(len(self.ids) + 1, dtype=np.uint8)
+        if names is None:
+            found[-1] = NO_LABELS
+            return found
+        for name in names:
+            place = self._class_id(name)
+            if place == UNKNOWN_LABEL:
+                found[-1] = min(found[-1] + 1, NO_LABELS - 1)
+            else:
+                found[place] = 1
+        return found
 
     def _logits(self, label: str) -> list[float]:
         try:
@@ -214,14 +241,15 @@ def column_order(path: str | os.PathLike[str], labels: Labels, asserted: str | N
 
 
 def label_parser(path: str | os.PathLike[str], labels: Labels, dummy: str | None = None, asserted: str | None = None,
-                 required: bool = False, unknown_allowed: bool = False) -> LabelParser:
+                 required: bool = False, unknown_allowed: bool = False, separator: str | None = None) -> LabelParser:
     """The parser of a file's labels, whose logits come out in the order of `labels`; see column_order.
 
     Args:
         dummy: the label of text that has none.
-        unknown_allowed: see LabelParser.
+        unknown_allowed, separator: see LabelParser.
     """
-    return LabelParser(labels, dummy, unknown_allowed, partial(column_order, path, labels, asserted, required))
+    return LabelParser(labels, dummy, unknown_allowed, partial(column_order, path, labels, asserted, required),
+                       separator)
 
 
 class TrainingLabels:
@@ -230,14 +258,16 @@ class TrainingLabels:
     Args:
         path: the text, for messages.
         label_path: label.txt.
+        separator: see LabelParser.
 
     Attributes:
         names: the labels as keys, in order of first appearance.
         follow: the parser of logits, None where labels are collected.
     """
 
-    def __init__(self, path: Path, label_path: Path) -> None:
+    def __init__(self, path: Path, label_path: Path, separator: str | None = None) -> None:
         self.path = path
+        self.separator = separator
         self.label_path = label_path
         self.names: dict[str, int] = {}
         self.follow: LabelParser | None = None
@@ -250,10 +280,11 @@ class TrainingLabels:
                 raise InputError(f"{self.path}: the label {label!r} reads as a teacher's logits, and the label map "
                                  f"that they follow is missing; put the class names into {self.label_path}, one a "
                                  "line.")
-            self.follow = label_parser(self.path, read_labels(self.label_path))
+            self.follow = label_parser(self.path, read_labels(self.label_path), separator=self.separator)
         if self.follow is not None:
             self.follow(label)
         elif logits:
             raise ValueError(f"the label {label!r} reads as a teacher's logits, and the file's first one does not.")
         else:
-            self.names.setdefault(label, len(self.names))
+            for name in [label] if self.separator is None else split_labels(label, self.separator):
+                self.names.setdefault(name, len(self.names))

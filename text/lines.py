@@ -21,6 +21,7 @@ class TsvReader(SentenceReader):
 
     Args:
         labelled: False reads a whole line as one sentence, and a TAB in it as an error.
+        empty_labels: a label may be empty, where a sentence may have several or none.
         parse_label: turns a label's text into what Example.label holds; raises ValueError with the reason where it
             is unusable.
 
@@ -29,8 +30,9 @@ class TsvReader(SentenceReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], skip_bad_lines: bool = False, labelled: bool = True,
-                 parse_label: Callable[[str], Any] = str) -> None:
+                 parse_label: Callable[[str], Any] = str, empty_labels: bool = False) -> None:
         super().__init__(path, skip_bad_lines)
+        self.empty_labels = empty_labels
         self.labelled = labelled
         self.parse_label: Any = parse_label  # perhaps an object, of which its maker asks more
         if labelled:
@@ -60,7 +62,7 @@ class TsvReader(SentenceReader):
             raise ValueError("the sentence is empty.")
         if not self.labelled:
             return Example(number, sentence)
-        if not (label := normalize_label(rest[0])):
+        if not (label := normalize_label(rest[0])) and not self.empty_labels:
             raise ValueError("the label is empty.")
         return Example(number, sentence, self.parse_label(label))
 

@@ -26,6 +26,7 @@ class SplitReport:
         labels: number of sentences by label id (empty for logits).
         unknown_labels: number of sentences whose label train.txt lacks.
         unknown_names: the first NAMED of these labels.
+        without_label: number of sentences without any label, where they may have several.
         quoted: number of sentences in double quotes.
         first_line: sentence and label of line 1; empty where it is no example, or holds logits.
     """
@@ -38,12 +39,14 @@ class SplitReport:
     skipped: int = 0
     unknown_labels: int = 0
     unknown_names: list[str] = field(default_factory=list)
+    without_label: int = 0
     quoted: int = 0
     first_line: tuple[str, str] = ("", "")
 
     def add(self, other: SplitReport) -> None:
         """Take in the figures of another part of the file."""
-        for counted in ("lengths", "labels", "truncated", "unknown_words", "skipped", "unknown_labels", "quoted"):
+        for counted in ("lengths", "labels", "truncated", "unknown_words", "skipped", "unknown_labels", "without_label",
+                        "quoted"):
             setattr(self, counted, getattr(self, counted) + getattr(other, counted))
         self.unknown_names = list(dict.fromkeys(self.unknown_names + other.unknown_names))[:NAMED]
 
@@ -62,16 +65,25 @@ class SplitReport:
         lengths = sorted(self.lengths)
         return lengths[np.searchsorted(np.cumsum([self.lengths[n] for n in lengths]), (self.sentences + 1) // 2)]
 
+    def size_line(self) -> str:
+        """How many sentences there are, and of how many words."""
+        return (f"{self.sentences} sentences, {self.words} words; words a sentence: mean "
+                f"{self.words / self.sentences:.2f}, median {self.median_length()}, min {min(self.lengths)}, max "
+                f"{max(self.lengths)}")
+
+    def labels_line(self, names: tuple[str, ...]) -> str:
+        """How many sentences each label has."""
+        counts = ", ".join(f"{name} {self.labels[number]}" for number, name in enumerate(names[:30]))
+        return f"labels: {counts}" + (f" and {len(names) - 30} more labels" if len(names) > 30 else "")
+
     def lines(self, label_names: tuple[str, ...], n_ctx: int) -> list[str]:
         """The report, a line each."""
-        said = [f"{self.sentences} sentences, {self.words} words; words a sentence: mean "
-                f"{self.words / self.sentences:.2f}, median {self.median_length()}, min {min(self.lengths)}, max "
-                f"{max(self.lengths)}",
+        said = [self.size_line(),
                 f"words that the vocabulary lacks: {self.unknown_words} ({self.unknown_words / self.words:.2%})"]
         if self.labels:
-            shares = ", ".join(f"{name} {self.labels[i]}" for i, name in enumerate(label_names[:30]))
-            said.append(f"labels: {shares}"
-                        + (f" and {len(label_names) - 30} more labels" if len(label_names) > 30 else ""))
+            said.append(self.labels_line(label_names))
+        if self.without_label:
+            said.append(f"{self.without_label} sentences have no label")
         if self.truncated:
             said.append(f"{self.truncated} sentences are longer than n_ctx={n_ctx} and were truncated")
         if self.skipped:
@@ -83,10 +95,10 @@ RECORD = np.dtype([("hash", "<u8"), ("line", "<u8"), ("label", "<i4"), ("split",
 _PARTITIONS = 64
 
 
-def hash_sentence(sentence: str) -> int:
+def hash_sentence(sentence: str, key: bytes = b"") -> int:
     """What DuplicateFinder knows a sentence by: 64 bits, to which case, blanks and the Unicode form do not matter."""
-    words = " ".join(normalize(sentence).lower().split())
-    return int.from_bytes(hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    words = " ".join(normalize(sentence).lower().split()).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8, key=key).digest(), "little")
 
 
 class DuplicateFinder:

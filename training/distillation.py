@@ -97,15 +97,19 @@ class Teacher(nn.Module):
     Args:
         path: the checkpoint's file, for messages.
         folders: where to look for frozen word vectors.
-        labels: the student's.
+        labels, multi_label: the student's.
 
     Raises:
         InputError: it was trained on other labels.
     """
 
-    def __init__(self, checkpoint: Checkpoint, path: str, folders: list[str], labels: Labels) -> None:
+    def __init__(self, checkpoint: Checkpoint, path: str, folders: list[str], labels: Labels,
+                 multi_label: bool = False) -> None:
         super().__init__()
         own = checkpoint.run.labels
+        if checkpoint.run.encoding.multi_label != multi_label:
+            has, needs = ("one label", "several") if multi_label else ("several labels", "one")
+            raise InputError(f"{path}: the teacher gives a sentence {has}, and the student's data {needs}.")
         if set(own.names) != set(labels.names):
             raise InputError(f"{path}: the teacher's labels ({', '.join(own.names)}) are not those of the student's "
                              f"data ({', '.join(labels.names)}).")
@@ -138,7 +142,8 @@ def read_sentences(data: EncodedData) -> Iterator[str]:
     if not data.source.is_file():
         raise InputError(f"{data.source}: no such file; a teacher reads the text that {data.path} was made from.")
     skipped = data.encoding.skip_bad_lines  # lines with an unusable label are among those; else there were none
-    for example in TsvReader(data.source, skipped, parse_label=LabelParser(data.labels) if skipped else str):
+    parser = LabelParser(data.labels, separator=data.encoding.label_separator) if skipped else str
+    for example in TsvReader(data.source, skipped, parse_label=parser, empty_labels=data.multi_label):
         yield example.sentence
 
 
@@ -256,7 +261,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, run: Run, teacher: Teacher, logits: np.ndarray) -> None:
         self.teacher = teacher.to(run.accelerator.device).eval()
         self.logits = logits
-        self.logit_loss = make_criterion("KLDivLoss", temperature=run.args.kd_temperature)
+        self.logit_loss = make_criterion("KLDivLoss", None, run.args.kd_temperature, run.train.multi_label)
         self.student: Any = run.model.embedding
         self.guide: Any = teacher.model.embedding
         self.inside = bool(run.args.state_loss_ratio or run.args.att_loss_ratio)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import Batch, BucketSampler, pad, prefetch
+from sentence_classifier.errors import InputError
 from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import Tokenizer, make_tokenizer
 from text.lines import TsvReader
@@ -142,6 +143,9 @@ class MetaTrainer(Trainer):
 
     def __init__(self, run: Run, teacher: Teacher) -> None:
         args, train = run.args, run.train
+        if train.multi_label:
+            raise InputError("--mpl_data_path: meta pseudo labels are one a sentence, and these data have several; "
+                             "leave it out.")
         same = teacher.reads_like(train.encoding)
         logger.info("[meta pseudo labels] reading %s", args.mpl_data_path)
         self.teacher_rows = None if same else read_rows(read_sentences(train), teacher.tokenizer(args.augmented))

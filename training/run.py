@@ -25,7 +25,7 @@ from pretrained.saving import save_pretrained
 from sentence_classifier.errors import InputError
 from sentence_classifier.lines import open_input
 from sentence_classifier.tokenizers import SUBWORDS, VOCABULARY_FILES, WORDS
-from text.labels import NO_LABEL, read_labels
+from text.labels import read_labels
 from training.losses import fit_decoder
 from util import Checkpoint, RunInfo, git_revision, load_checkpoint, versions
 
@@ -54,7 +54,7 @@ def load_data(args: argparse.Namespace, config: dict[str, Any], kind: str,
     folder = Path(args.data_dir)
     train = EncodedData(folder / f"{'augmented' if args.augmented else 'train'}.txt.{kind}")
     valid = EncodedData(folder / f"valid.txt.{kind}")
-    for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase"):
+    for fact in ("labels", "vocab_sha256", "table", "n_ctx", "tokenizer", "lowercase", "multi_label"):
         if getattr(train.encoding, fact) != getattr(valid.encoding, fact):
             raise InputError(f"{valid.path}: not encoded together with {train.path}; run preprocess.py again.")
     if read_labels(folder / args.label_filename) != train.labels:
@@ -67,9 +67,12 @@ def load_data(args: argparse.Namespace, config: dict[str, Any], kind: str,
     if config["n_ctx"] != train.encoding.n_ctx:  # preprocess.py --n_ctx is allowed to differ from the config
         logger.warning("[n_ctx] is %d in %s, and %d in the encoded data, which decide", config["n_ctx"], args.config,
                        train.encoding.n_ctx)
-    if not train.has_logits and (train.targets == NO_LABEL).any():
+    if train.lacks_labels:
         raise InputError(f"{train.path}: its sentences have no labels; label them with evaluate.py --augmented, copy "
                          "augmented.raw.pred to augmented.txt and encode that.")
+    if config.get("multi_label") and not train.multi_label:
+        raise InputError(f"{train.path}: encoded with one label a sentence, and {args.config} says multi_label; run "
+                         "preprocess.py with this config.")
     check_loss_flags(args, train.path, train.has_logits, taught)
     return train, valid
 

@@ -242,13 +242,12 @@ class Search:
                        bert_output_dir=str(self.folder / f"{trial.number}.bert"))
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-            trial.report(metrics["valid_accuracy"], epoch)
+            trial.report(objective(metrics), epoch)
             if epoch < args.epoch and trial.should_prune():
-                logger.info("[trial %d] pruned after epoch %d: accuracy %.4f", trial.number, epoch,
-                            metrics["valid_accuracy"])
+                logger.info("[trial %d] pruned after epoch %d: accuracy %.4f", trial.number, epoch, objective(metrics))
                 raise optuna.TrialPruned
 
-        return self.run(args, config, on_epoch)["valid_accuracy"]
+        return objective(self.run(args, config, on_epoch))
 
     def remove_beaten(self) -> None:
         """Remove the files of all ended trials but the best, half-written ones of killed workers included."""
@@ -341,6 +340,11 @@ class Sampler(optuna.samplers.TPESampler):
 
 
 # ---------------------------------------------------------------------------------------------------------- results
+
+
+def objective(metrics: dict[str, float]) -> float:
+    """What a trial is judged by: the accuracy on valid, or with several labels a sentence the micro F1."""
+    return metrics.get("valid_f1", metrics["valid_accuracy"])
 
 
 def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -38,9 +37,10 @@ from sentence_classifier.errors import InputError
 from training.distributed import is_sharded, load_optimizer_state, optimizer_state, prepare, total, whole_weights
 from training.losses import (
     WeightAverage,
-    balanced_class_weights,
     cosine_with_warmup,
+    divergence,
     evaluate,
+    make_class_weights,
     make_criterion,
     parameter_groups,
 )
@@ -84,7 +84,7 @@ class EarlyStopping:
     well, since it punishes confidence, which grows with training.
     """
 
-    measure: str  # "loss", "accuracy" or "last"
+    measure: str  # "loss", "accuracy" (with several labels, micro F1) or "last"
     patience: int  # epochs
     gained: bool = False  # in this epoch
     epochs_without_gain: int = 0
@@ -96,8 +96,9 @@ class EarlyStopping:
         elif self.measure == "loss":
             better = gain = metrics["loss"] < best["valid_loss"]
         else:
-            better = metrics["accuracy"] >= best["valid_accuracy"]
-            gain = metrics["accuracy"] > best["valid_accuracy"]
+            name = "f1" if "f1" in metrics else "accuracy"
+            better = metrics[name] >= best[f"valid_{name}"]
+            gain = metrics[name] > best[f"valid_{name}"]
         self.gained |= gain
         return better
 
@@ -174,10 +175,9 @@ class Trainer:
         self.notes: dict[str, Any] = {}  # what the results say beside the history
         step_batch_size = args.batch_size * args.gradient_accumulation_steps * self.processes
         self.sampler = BucketSampler(run.train.lengths, step_batch_size, seed=args.seed)
-        weights = None
-        if args.class_weights == "balanced":
-            weights = balanced_class_weights(run.train.class_ids(), len(run.train.labels)).to(accelerator.device)
-        self.criterion = make_criterion(args.criterion, weights, args.kd_temperature)
+        weights = make_class_weights(args.class_weights, run.train)
+        self.criterion = make_criterion(args.criterion, None if weights is None else weights.to(accelerator.device),
+                                        args.kd_temperature, run.train.multi_label)
 
         self.steps_per_epoch = len(self.sampler)
         self.total_steps = self.steps_per_epoch * args.epoch
@@ -408,10 +408,7 @@ class Trainer:
         if self.args.rdrop:
             loss_again, again = self.objective(batch)
             loss = (loss + loss_again) / 2
-            p, q = logits.log_softmax(-1), again.log_softmax(-1)
-            divergence = F.kl_div(p, q, reduction="none", log_target=True) + F.kl_div(
-                q, p, reduction="none", log_target=True)
-            loss = loss + self.args.rdrop * divergence.sum(-1) / 4
+            loss = loss + self.args.rdrop * divergence(logits, again, self.train_data.multi_label) / 4
         if self.quantization:
             loss = loss + self.quantization.penalty()
         return loss.sum()
@@ -433,6 +430,9 @@ class Trainer:
             point = {"step": progress.step, "epoch": progress.epoch,
                      "train_loss": progress.loss_sum / max(1, progress.loss_count), "valid_loss": metrics["loss"],
                      "valid_accuracy": metrics["accuracy"], "lr": self.optimizer.param_groups[0]["lr"]}
+            if "f1" in metrics:
+                point["valid_f1"] = metrics["f1"]
+                self.info = replace(self.info, thresholds=tuple(metrics["thresholds"]))
             progress.loss_sum, progress.loss_count = 0.0, 0
             progress.history.append(point)
             better = progress.stopping.is_better(metrics, progress.best)
@@ -468,4 +468,5 @@ class Trainer:
                 self.writer.add_scalar(name.replace("_", "/"), value, int(point["step"]))
         logger.info("[epoch %d step %d] train loss %.4f, valid loss %.4f, valid accuracy %.4f, lr %.2e%s",
                     point["epoch"], point["step"], point["train_loss"], point["valid_loss"],
-                    point["valid_accuracy"], point["lr"], " *" if better else "")
+                    point["valid_accuracy"], point["lr"],
+                    (f", valid micro F1 {point['valid_f1']:.4f}" if "valid_f1" in point else "") + " *" * better)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import augment_data
 import evaluate
 import fastformers
+import import_data
 import preprocess
 import train
 from cli.config import COMMON_KEYS, EMBEDDING_KEYS, ENCODER_KEYS, load_config
@@ -273,7 +274,7 @@ def parser_of(stage: Any) -> Parser:
     return built.value.args[0]
 
 
-@pytest.mark.parametrize("stage", [*STAGES.values(), augment_data])
+@pytest.mark.parametrize("stage", [*STAGES.values(), augment_data, import_data])
 def test_help_texts_are_full_sentences(stage: Any) -> None:
     parser = parser_of(stage)
     texts = {name: action.help or "" for name, action in parser.actions.items() if name != "help"}

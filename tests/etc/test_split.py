@@ -48,11 +48,19 @@ def test_split_shares_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for base, seed in (("data", []), ("same", ["--seed=42"]), ("other", ["--seed=43"])):
         split.main([f"--data_path={path}", f"--base_path={base}", *seed])
     parts = outputs("data.{}")
-    assert {name: len(part) for name, part in parts.items()} == {"train": 703, "valid": 100, "test": 200}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 702, "valid": 100, "test": 201}
     assert parts == outputs("same.{}") and parts != outputs("other.{}")
     order = [int(re.findall(r"\d+", line)[0]) for line in parts["train"]]
     assert order != sorted(order) and max(order[:100]) > 500  # shuffled, not merely cut
     assert not capsys.readouterr().out
+
+
+def test_each_label_is_split_alike(tmp_path: Path) -> None:
+    path = write(tmp_path / "total.txt", "".join(f"sentence {number}\t{'rare' if number < 30 else 'frequent'}\n"
+                                                 for number in range(330)))
+    split.main([f"--data_path={path}", "--base_path=data"])
+    assert {name: [sum(line.endswith(f"\t{label}") for line in part) for label in ("rare", "frequent")]
+            for name, part in outputs("data.{}").items()} == {"train": [21, 210], "valid": [3, 30], "test": [6, 60]}
 
 
 def test_split_refuses_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

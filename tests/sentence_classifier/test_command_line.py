@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import subprocess
@@ -16,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
+from sentence_classifier.classifier import load
 from sentence_classifier.command_line import main
 from sentence_classifier.errors import InputError
 from sentence_classifier.lines import SentenceReader
+from sentence_classifier.tables import read_table
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,57 @@ def test_every_line_is_read_or_named(tmp_path_factory: pytest.TempPathFactory, c
     else:
         with pytest.raises(InputError, match="lines.txt: (no usable line|the file is empty)"):
             list(reader)
+
+
+def tables(place: Place, source: str, *flags: str) -> list[str | None]:
+    """What ends the runtime and evaluate.py when they answer a table."""
+    return [answer(main, place.root / "model.onnx", f"--input_path={source}", *flags),
+            answer(evaluate.main, "--enable_ort", f"--onnx_path={place.root / 'model.onnx'}", f"--input_path={source}",
+                   *flags)]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_a_table_comes_back_with_answers(words: Place, ending: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rows = [("play jazz", "PlayMusic"), ("", "GetWeather"), ("will it rain; or\nsnow, \"today\"", "GetWeather")]
+    with open("in.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("query", "intent"), *rows])
+    assert tables(words, "in.csv", f"--output_path=out{ending}", "--top_k=2") == [None, None]
+    with read_table(f"out{ending}") as table:
+        answered = [[str(cell or "") for cell in row.cells] for row in table]
+    assert table.columns == ("query", "intent", "label", "probability", "label_2", "probability_2")
+    assert [tuple(row[:2]) for row in answered] == rows and answered[1][2:] == [""] * 4
+    predictions = load(words.root / "model.onnx").predict([rows[0][0], rows[2][0]])
+    assert [answered[0][2], answered[2][2]] == [prediction.label for prediction in predictions]
+    assert 0 < float(answered[0][5]) <= float(answered[0][3]) <= 1
+    assert "3 rows, 1 of them without text" in caplog.text and "/    2" in caplog.text.split("[Accuracy] : ")[1]
+
+
+def test_a_table_is_answered_in_json_lines(words: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("in.jsonl").write_text('{"id": 7, "text": "play jazz"}\n\n{"id": 8, "text": "will it rain"}\n')
+    assert tables(words, "in.jsonl", "--top_k=1") == [None, None]
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found[:2] == found[2:] and [line["line"] for line in found[:2]] == [1, 3]
+    assert all(len(line["probabilities"]) == 1 and line["label"] in line["probabilities"] for line in found)
+
+
+def test_a_table_on_standard_input(words: Place) -> None:
+    done = subprocess.run([sys.executable, "-m", "sentence_classifier", words.root / "model.onnx", "--text_column=2",
+                           f"--output_path={Path.cwd() / 'out.csv'}"], cwd=ROOT, input="7;play jazz\n7;will it rain\n",
+                          capture_output=True, encoding="utf-8", check=True)
+    assert "2 rows, 0 of them without text" in done.stderr
+    assert [line.split(";")[:2] for line in Path("out.csv").read_text().splitlines()] == [
+        ["7", "play jazz"], ["7", "will it rain"]]
+
+
+def test_refused_tables(words: Place) -> None:
+    Path("in.csv").write_text("query,id\nplay jazz,1\n")
+    for flags, says in [(["--text_column=text"], "no column 'text'; its columns are 'query', 'id'"),
+                        (["--output_path=out.txt"], ".csv, .tsv, .jsonl or .parquet is expected at its end"),
+                        (["--output_path=none/out.csv"], "none/out.csv: cannot be written"),
+                        (["--top_k=0"], "--top_k is at least 1"), (["--encoding=utf-99"], "no such text encoding")]:
+        assert all(said and says in said for said in tables(words, "in.csv", *flags)), flags
+    assert [path.name for path in Path().iterdir()] == ["in.csv"]
 
 
 @pytest.mark.parametrize(("flags", "says"), [

@@ -94,7 +94,7 @@ class Sum(torch.nn.Module):
 class Sentences:
     """Encoded data in memory."""
 
-    has_logits = False
+    has_logits = multi_label = False
 
     def __init__(self, rows: list[list[int]], targets: list[int]) -> None:
         self.rows, self.targets = [np.array(row) for row in rows], np.array(targets)
