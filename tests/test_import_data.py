@@ -18,6 +18,7 @@ from helpers import ROOT, make_lines, refusal, snapshot
 from pyarrow import parquet
 
 import import_data
+from sentence_classifier.tables import read_table
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +203,41 @@ def test_labels_come_as_numbers_and_truths(tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
     import_data.main([f"--input={path}", f"--output_dir={tmp_path / 'out'}"])
     assert {label for _, label in lines(tmp_path / "out", "train.txt")} == {"1", "2.5", "True", "x"}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("train", "test", "label", "counts"), [
+    ("banking77/train.csv", "banking77/test.csv", "category", (9003, 1000, 3080)),
+    ("korean-hate-speech/train.tsv", "korean-hate-speech/dev.tsv", "hate", (7106, 790, 471)),
+    ("3i4k/fci_train_val.txt", "3i4k/fci_test.txt", "1", (49591, 5543, 6121))])
+def test_published_tables(shared: Path, tmp_path: Path, train: str, test: str, label: str,
+                          counts: tuple[int, int, int]) -> None:
+    """As published; and the same rows as JSON lines, parquet and UTF-16 TSV give byte for byte the same folder."""
+    def imported(name: str, *files: Path) -> dict[str, bytes | None]:
+        out = tmp_path / name
+        flags = [f"--label_column={label}", *(["--text_column=2"] if label == "1" else [])]
+        import_data.main([f"--input={files[0]}", f"--test={files[1]}", f"--output_dir={out}", *flags])
+        return snapshot(out)
+
+    published = [shared / "data" / train, shared / "data" / test]
+    made = imported("published", *published)
+    assert tuple(len(lines(tmp_path / "published", name)) for name in ("train.txt", "valid.txt", "test.txt")) == counts
+    tables = []
+    for path in published:
+        with read_table(str(path)) as table:
+            tables.append((table.columns, [row.cells for row in table]))
+    for ending in (".jsonl", ".parquet", ".tsv"):
+        files = []
+        for number, (columns, rows) in enumerate(tables):
+            files.append(path := tmp_path / f"{number}{ending}")
+            if ending == ".tsv":
+                file = io.StringIO()
+                csv.writer(file, delimiter="\t").writerows([columns, *rows])
+                write(path, file.getvalue(), "utf-16")
+            else:
+                records = [dict(zip(columns, row, strict=True)) for row in rows]
+                if ending == ".parquet":
+                    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+                else:
+                    write(path, "".join(f"{json.dumps(record)}\n" for record in records))
+        assert imported(ending[1:], *files) == made
