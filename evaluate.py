@@ -33,7 +33,7 @@ from cli.flags import Parser, natural_int, number, one_of, positive_int, thread_
 from cli.training_flags import FLAGS
 from sentence_classifier.batches import by_length
 from sentence_classifier.classifier import OnnxClassifier, TextClassifier, load
-from sentence_classifier.command_line import add_format_flags, add_input_flags, answer_input
+from sentence_classifier.command_line import add_answer_flags, add_table_flags, answer_input
 from sentence_classifier.decisions import ONE_LABEL, Decision, differing
 from sentence_classifier.errors import InputError, fail_cleanly
 from sentence_classifier.labels import Labels, split_labels
@@ -102,8 +102,8 @@ def get_params(argv: list[str] | None = None) -> tuple[argparse.Namespace, Confi
     what.add_argument("--batch_size", type=positive_int, default=1,
                       help="How many sentences are computed together (default: %(default)s).")
     what.add_argument("--skip_bad_lines", action="store_true", help="Leave out unusable lines, and count them.")
-    add_input_flags(parser.add_argument_group("tables"))
-    add_format_flags(parser.add_argument_group("how a table is written"))
+    add_table_flags(parser.add_argument_group("tables in --input_path"))
+    add_answer_flags(parser.add_argument_group("answers to a table"))
     onnx = parser.add_argument_group("ONNX")
     onnx.add_argument("--convert_onnx", action="store_true",
                       help="Export the checkpoint to ONNX, check that the export agrees with it, and end.")

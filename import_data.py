@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli.flags import Parser, natural_int, number, positive_int
-from sentence_classifier.command_line import add_format_flags, given_format
+from sentence_classifier.command_line import add_table_flags, given_format
 from sentence_classifier.errors import FlagError, InputError, fail_cleanly
 from sentence_classifier.labels import SEPARATOR, normalize_label, split_labels
 from sentence_classifier.tables import read_table, text_and_label
@@ -54,14 +54,7 @@ def get_params(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--test", nargs="+", metavar="FILE", default=[],
                        help="Tables of the test data (default: split off --input).")
     files.add_argument("--output_dir", required=True, help="The data folder, for preprocess.py's --data_dir.")
-    table = parser.add_argument_group("how the tables are written")
-    table.add_argument("--text_column", metavar="NAME",
-                       help="The column of the sentences, by name, or by number from 1 (default: the one that is "
-                            "called text, sentence, utterance, query, comment or the like).")
-    table.add_argument("--label_column", metavar="NAME",
-                       help="The column of the labels (default: the one that is called label, intent, category, class "
-                            "or the like).")
-    add_format_flags(table)
+    add_table_flags(parser.add_argument_group("tables"))
     rows = parser.add_argument_group("rows")
     rows.add_argument("--skip_bad_lines", action="store_true",
                       help="Pass over rows without a sentence or a label and count them, in place of ending at the "

@@ -28,14 +28,8 @@ from sentence_classifier.tables import DELIMITERS, TableFormat, read_table
 logger = logging.getLogger(__name__)
 
 
-def add_input_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of what is answered; see answer_input."""
-    group.add_argument("--text_column", metavar="NAME",
-                       help="The table's column of the sentences, by name, or by number from 1 (default: the one that "
-                            "is called text, sentence, utterance, query, comment or the like).")
-    group.add_argument("--label_column", metavar="NAME",
-                       help="The table's column of labels to compare the answers with (default: the one that is called "
-                            "label, intent, category, class or the like, if there is one).")
+def add_answer_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of how a table is answered; see answer_input."""
     group.add_argument("--output_path", metavar="FILE",
                        help="Write the table, each row and column as it is, with answers to this .csv, .tsv, .jsonl or "
                             ".parquet file (default: JSON lines on standard output).")
@@ -43,8 +37,14 @@ def add_input_flags(group: argparse._ArgumentGroup) -> None:
                        help="Give the K likeliest labels (default: 1 in a table, all in a JSON line).")
 
 
-def add_format_flags(group: argparse._ArgumentGroup) -> None:
-    """The flags of how a table is written, where that is not found out; see given_format."""
+def add_table_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of a table's columns and of how it is written, where that is not found out; see given_format."""
+    group.add_argument("--text_column", metavar="NAME",
+                       help="The column of the sentences, by name, or by number from 1 (default: the one that is "
+                            "called text, sentence, utterance, query, comment or the like).")
+    group.add_argument("--label_column", metavar="NAME",
+                       help="The column of the labels, likewise (default: the one that is called label, intent, "
+                            "category, class or the like).")
     group.add_argument("--encoding", help="The text's encoding, such as CP949 (default: UTF-8, or UTF-16 where the "
                                           "file begins as such).")
     group.add_argument("--delimiter", type=delimiter,
@@ -147,8 +147,8 @@ def main(argv: list[str] | None = None) -> None:
                                                                    "ONNX Runtime's choice).")
     parser.add_argument("--skip_bad_lines", action="store_true", help="Leave out and count lines that are not UTF-8 "
                                                                       "or hold a TAB or NUL character.")
-    add_input_flags(parser.add_argument_group("tables"))
-    add_format_flags(parser.add_argument_group("how a table is written"))
+    add_table_flags(parser.add_argument_group("tables"))
+    add_answer_flags(parser.add_argument_group("answers to a table"))
     args = parser.parse_args(argv)
     if args.batch_size < 1 or not 0 <= args.num_threads <= 1024:
         parser.error("--batch_size is at least 1, and --num_threads is from 0 to 1024.")

@@ -26,9 +26,9 @@ SAMPLE = 1 << 20  # bytes by which a file is recognised
 LONGEST_CELL = 1 << 24  # characters; a quote that is never closed would take the rest of the file for a cell
 DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
 TEXT_NAMES = tuple("text sentence utterance query comment document review question message content title tweet "
-                   "input 문장 텍스트 句子 文本".split())
+                   "input document_text 문장 텍스트 句子 文本".split())
 LABEL_NAMES = tuple("label intent category class target topic emotion sentiment tag output "
-                    "라벨 레이블 标签 類別 ラベル".split())
+                    "gold y 라벨 레이블 标签 類別 ラベル".split())
 BOMS = {codecs.BOM_UTF8: "UTF-8-SIG", codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 Kind = Literal["csv", "jsonl", "parquet"]
@@ -217,7 +217,7 @@ def read_table(path: str, given: TableFormat = ANY, names: Sequence[str] = ()) -
         if kind == "parquet":
             yield _parquet(path)
             return
-        encoding = given.encoding or _encoding(sample)
+        encoding = given.encoding or find_encoding(sample)
         found = replace(given, kind=kind, encoding=encoding)
         lines = _Lines(path, stream, encoding)
         text = sample.decode(lines.codec, "replace")
@@ -246,13 +246,13 @@ def _kind(path: str, sample: bytes) -> Kind:
     return "jsonl" if start == b"{" else "csv"
 
 
-def _encoding(sample: bytes) -> str:
+def find_encoding(sample: bytes) -> str:
     """The encoding of a text, by its byte order mark or by the zeros that UTF-16 has in most scripts; else UTF-8."""
     for mark, name in BOMS.items():
         if sample.startswith(mark):
             return name
     even, odd = sample[::2].count(0), sample[1::2].count(0)
-    if max(even, odd) * 10 >= len(sample) and min(even, odd) * 4 <= max(even, odd):
+    if max(even, odd) >= max(8, len(sample) / 10) and min(even, odd) * 4 <= max(even, odd):
         return "UTF-16LE" if odd > even else "UTF-16BE"
     return "UTF-8"
 

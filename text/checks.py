@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 from sentence_classifier.lines import open_input
+from sentence_classifier.tables import LABEL_NAMES, TEXT_NAMES, find_encoding
 from text.labels import shorten
 from text.report import SplitReport
 
@@ -59,11 +60,8 @@ def file_fault(path: str | os.PathLike[str]) -> str | None:
 
 def _encoding(head: bytes) -> str | None:
     """The likely encoding of a file that is not UTF-8; None where it seems to be, with a broken line perhaps."""
-    even, odd = head[::2].count(0), head[1::2].count(0)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16"
-    if max(even, odd) >= max(8, len(head) / 10) and min(even, odd) * 4 <= max(even, odd):
-        return "UTF-16LE" if odd > even else "UTF-16BE"
+    if not (name := find_encoding(head)).startswith("UTF-8"):
+        return name
     lines = [line for line in head[: head.rfind(b"\n") + 1 or None].split(b"\n") if not line.isascii()]
     broken = [line for line in lines if not _decodes(line, "utf-8")]
     if len(broken) < 3 or 2 * len(broken) <= len(lines):
@@ -84,10 +82,6 @@ def _decodes(text: bytes, encoding: str) -> bool:
     return True
 
 
-TEXT_NAMES = frozenset("comment content document input message query question review sentence text title tweet "
-                       "utterance 문장 document_text 텍스트 句子 文本".split())
-LABEL_NAMES = frozenset("category class emotion gold intent label output sentiment tag target topic y 라벨 레이블 "
-                        "标签 類別 ラベル".split())
 # Scripts that are written without blanks between words, and Korean, which often is where it was typed in haste.
 UNSPACED = re.compile(f"[{HANGUL}{KANA}{HAN}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 NOT_LATIN = re.compile(r"[^\W\d_\u0000-\u024f\u1e00-\u1eff]")
